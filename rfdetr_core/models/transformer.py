@@ -1,0 +1,183 @@
+"""Two-stage selection of reference boxes, then the decoder (model spec section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfdetr_core.models.boxes import refine
+from rfdetr_core.models.decoder import MLP, Decoder, Memory
+
+_ANCHOR_SIDE = 0.05  # of the image, at the first level; doubles per level
+_EDGE = 0.01  # proposals that come closer to 0 or 1 than this are not used
+_NORM_EPS = 1e-5
+
+
+class Selection(NamedTuple):
+    """The two-stage proposals, groups concatenated along the query axis, k per group."""
+
+    logits: Tensor
+    """(B, G*k, C)."""
+    boxes: Tensor
+    """(B, G*k, 4); logits of boxes without `bbox_reparam`."""
+    indices: Tensor
+    """(G, B, k) tokens that were chosen, best first."""
+
+
+def flatten_levels(maps: Sequence[Tensor], shapes: Sequence[tuple[int, int]], mask: Tensor | None) -> Memory:
+    """Maps (B, h, w, D) of `shapes`, and a mask (B, H, W) that is True on padding, as memory (spec 4.0)."""
+    tokens = maps[0].flatten(1, 2) if len(maps) == 1 else torch.cat([m.flatten(1, 2) for m in maps], dim=1)
+    if mask is None:
+        return Memory(tokens, shapes, None, None)
+    masks = [F.interpolate(mask[:, None].float(), size=shape)[:, 0] > 0.5 for shape in shapes]
+    ratios = [
+        torch.stack([(~m[:, 0]).float().mean(-1), (~m[:, :, 0]).float().mean(-1)], dim=-1) for m in masks
+    ]
+    flat = torch.cat([m.flatten(1) for m in masks], dim=1)
+    return Memory(tokens, shapes, flat, torch.stack(ratios, dim=1).to(tokens.dtype))
+
+
+def anchors(memory: Memory) -> tuple[Tensor, Tensor]:
+    """One box per cell, (B or 1, N, 4), and whether it may be proposed, (B or 1, N) bool (spec 4.1).
+
+    Formed in float32 whatever the model's type. Centres are fractions of the valid part of a padded image.
+    """
+    device = memory.tokens.device
+    boxes, start = [], 0
+    for level, (h, w) in enumerate(memory.shapes):
+        extent = torch.tensor([w, h], dtype=torch.float32, device=device)
+        if memory.mask is not None:
+            cells = ~memory.mask[:, start : start + h * w].view(-1, h, w)
+            extent = torch.stack([cells[:, 0].sum(-1), cells[:, :, 0].sum(-1)], dim=-1).float()[:, None, None]
+        y = torch.arange(h, dtype=torch.float32, device=device)
+        x = torch.arange(w, dtype=torch.float32, device=device)
+        centres = (
+            torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1) + 0.5
+        ) / extent  # (B or 1, h, w, 2)
+        sides = torch.full_like(centres, _ANCHOR_SIDE * 2.0**level)
+        boxes.append(torch.cat([centres, sides], dim=-1).reshape(-1, h * w, 4))
+        start += h * w
+    flat = torch.cat(boxes, dim=1)
+    usable = ((flat > _EDGE) & (flat < 1.0 - _EDGE)).all(-1)
+    return flat, usable if memory.mask is None else usable & ~memory.mask
+
+
+class Transformer(nn.Module):
+    """Two-stage heads (one set per query group) and decoder; `two_stage` off leaves the decoder alone."""
+
+    def __init__(
+        self, width: int, num_logits: int, groups: int, decoder: Decoder, *, two_stage: bool
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.two_stage = two_stage
+        self.bbox_reparam = decoder.bbox_reparam
+        if two_stage:
+            self.enc_output = nn.ModuleList(nn.Linear(width, width) for _ in range(groups))
+            self.enc_output_norm = nn.ModuleList(nn.LayerNorm(width, eps=_NORM_EPS) for _ in range(groups))
+            self.enc_out_bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(groups))
+            self.enc_out_class_embed = nn.ModuleList(nn.Linear(width, num_logits) for _ in range(groups))
+
+    def forward(
+        self, memory: Memory, content: Tensor, reference_table: Tensor, *, groups: int, all_layers: bool
+    ) -> tuple[list[Tensor], list[Tensor], Selection | None]:
+        """Decode with the learned tables of the active groups: content (G*Q, D) and references (G*Q, 4).
+
+        Returns hidden states and base references per layer (see `Decoder.forward`), and the selection.
+        """
+        batch = memory.tokens.shape[0]
+        references = reference_table.expand(batch, -1, -1)
+        selection = None
+        if self.two_stage:
+            selection = self.select(memory, groups, content.shape[0] // groups)
+            proposed, learned = selection.boxes.detach(), references[:, : selection.boxes.shape[1]]
+            moved = refine(learned, proposed) if self.bbox_reparam else learned + proposed
+            # With fewer tokens than queries the last rows keep the learned values (spec 4.3).
+            few = moved.shape[1] < references.shape[1]
+            references = torch.cat([moved, references[:, moved.shape[1] :]], dim=1) if few else moved
+        hidden, bases = self.decoder(
+            content.expand(batch, -1, -1), references, memory, groups=groups, all_layers=all_layers
+        )
+        return hidden, bases, selection
+
+    def select(self, memory: Memory, groups: int, queries: int) -> Selection:
+        """The best min(queries, N) tokens of each group, by their highest class logit (spec 4.2).
+
+        All tokens are scored without gradient; only the chosen ones run through the heads with gradient,
+        which is the same gradient at a fraction of the cost.
+        """
+        boxes, usable = anchors(memory)
+        tokens = memory.tokens
+        if memory.mask is not None or max(max(shape) for shape in memory.shapes) >= 0.5 / _EDGE:
+            tokens = tokens.masked_fill(~usable[..., None], 0.0)
+        heads = _GroupHeads(self, groups)
+        scores = heads.scores(tokens)  # (G, B, N)
+        indices = scores.topk(min(queries, tokens.shape[1]), dim=-1).indices  # (G, B, k)
+
+        batch, count, width = tokens.shape
+        first_rows = torch.arange(batch, device=tokens.device)[:, None] * count
+        chosen = F.embedding((indices + first_rows).flatten(1), tokens.reshape(-1, width))  # (G, B*k, D)
+        logits, deltas = heads.predict(chosen)
+        proposals = self._proposals(boxes, usable).to(tokens.dtype).expand(batch, -1, -1)
+        picked = proposals[torch.arange(batch, device=tokens.device)[:, None], indices].flatten(
+            1, 2
+        )  # (G, B*k, 4)
+        out = refine(deltas, picked) if self.bbox_reparam else deltas + picked
+        return Selection(_queries_last(logits, batch), _queries_last(out, batch), indices)
+
+    def _proposals(self, boxes: Tensor, usable: Tensor) -> Tensor:
+        if self.bbox_reparam:
+            return boxes.masked_fill(~usable[..., None], 0.0)
+        return torch.log(boxes / (1.0 - boxes)).masked_fill(~usable[..., None], torch.inf)
+
+
+class _GroupHeads:
+    """The two-stage heads of the first `groups` groups, stacked: all groups in one batched product."""
+
+    def __init__(self, transformer: Transformer, groups: int) -> None:
+        self.output = _stack(transformer.enc_output[:groups])
+        self.norm = _stack(transformer.enc_output_norm[:groups])
+        self.classes = _stack(transformer.enc_out_class_embed[:groups])
+        box_heads = [head.layers for head in transformer.enc_out_bbox_embed[:groups]]
+        self.boxes = [_stack(layers) for layers in zip(*box_heads, strict=True)]
+
+    @torch.no_grad()
+    def scores(self, tokens: Tensor) -> Tensor:
+        """Highest class logit of each token (B, N, D) per group: (G, B, N)."""
+        weight, bias = self.output
+        batch, count, width = tokens.shape
+        z = F.linear(tokens.reshape(-1, width), weight.flatten(0, 1), bias.flatten()).view(-1, *bias.shape)
+        gamma, beta = self.norm
+        z = torch.addcmul(beta, F.layer_norm(z, (width,), eps=_NORM_EPS), gamma)  # (B*N, G, D)
+        return _linear(z.transpose(0, 1), self.classes).amax(-1).view(-1, batch, count)
+
+    def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (G, M, C) and box deltas (G, M, 4) of chosen tokens (G, M, D)."""
+        gamma, beta = self.norm
+        z = F.layer_norm(_linear(tokens, self.output), (tokens.shape[-1],), eps=_NORM_EPS)
+        z = torch.addcmul(beta[:, None], z, gamma[:, None])
+        deltas = z
+        for layer in self.boxes[:-1]:
+            deltas = F.relu(_linear(deltas, layer))
+        return _linear(z, self.classes), _linear(deltas, self.boxes[-1])
+
+
+def _stack(modules: Sequence[nn.Module] | nn.ModuleList) -> tuple[Tensor, Tensor]:
+    """Weights (G, ...) and biases (G, ...) of modules of equal shape."""
+    return torch.stack([m.weight for m in modules]), torch.stack([m.bias for m in modules])  # type: ignore[misc]
+
+
+def _linear(x: Tensor, weight_and_bias: tuple[Tensor, Tensor]) -> Tensor:
+    """(G, M, in) through G linears at once: (G, M, out)."""
+    weight, bias = weight_and_bias
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+def _queries_last(x: Tensor, batch: int) -> Tensor:
+    """(G, B*k, C) to (B, G*k, C)."""
+    groups, _, channels = x.shape
+    return x.view(groups, batch, -1, channels).transpose(0, 1).reshape(batch, -1, channels)
