@@ -5,12 +5,14 @@
     │   ├── ConfigError                   a field, a value, or an impossible combination
     │   ├── DatasetError                  images, annotations, class map
     │   ├── CheckpointError               weights that cannot be read or do not fit
-    │   ├── StorageAccessError            credentials, missing bucket, missing object
+    │   ├── StorageAccessError            credentials, missing bucket, full or read-only disk
+    │   │   └── MissingObjectError            no file of that name
     │   ├── PublicationError              a published folder that is absent, torn or altered
     │   ├── TrainingError                 non-finite loss, out of memory at the given batch
     │   └── ExportError                   the exported model differs from the trained one
     ├── TransientError                75  worth a retry
     │   ├── StorageUnavailableError       network, 5xx, throttling
+    │   ├── VersionConflict               a conditional write came second
     │   └── ChampionChangedError          another run promoted meanwhile
     └── Terminated                   143  SIGTERM; everything written so far is resumable
 
@@ -64,6 +66,10 @@ class StorageAccessError(UserError):
     """The store answered, and refused or does not have it."""
 
 
+class MissingObjectError(StorageAccessError):
+    """The store answered, and has no file of that name."""
+
+
 class PublicationError(UserError):
     """A published folder has no manifest, or a file in it differs from its manifest."""
 
@@ -86,11 +92,15 @@ class StorageUnavailableError(TransientError):
     """The store did not answer, or answered with a 5xx or a throttle."""
 
 
+class VersionConflict(TransientError):  # noqa: N818
+    """The file is no longer the version that was read: another writer came first."""
+
+
 class ChampionChangedError(TransientError):
     """The champion is no longer the one that was evaluated."""
 
 
-class Terminated(RFDETRError):
+class Terminated(RFDETRError):  # noqa: N818
     """SIGTERM was received."""
 
     exit_code = 143
