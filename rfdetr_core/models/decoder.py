@@ -52,9 +52,7 @@ class Memory(NamedTuple):
 def sine_embedding(boxes: Tensor, width: int) -> Tensor:
     """Sine features of (..., 4) boxes: (..., 2 * width), coordinates in the order y, x, w, h (spec 4.4)."""
     per_coordinate = width // 2
-    exponents = torch.arange(per_coordinate // 2, dtype=boxes.dtype, device=boxes.device) * (
-        2.0 / per_coordinate
-    )
+    exponents = torch.arange(per_coordinate // 2, dtype=boxes.dtype, device=boxes.device) * (2.0 / per_coordinate)
     yxwh = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]], dim=-1)
     angles = (yxwh * (2.0 * math.pi))[..., None] / _SINE_BASE**exponents
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
@@ -124,9 +122,7 @@ class Decoder(nn.Module):
         box_head: MLP | None,
     ) -> None:
         super().__init__()
-        layer = DecoderLayer(
-            width, self_heads=self_heads, cross_heads=cross_heads, levels=levels, points=points
-        )
+        layer = DecoderLayer(width, self_heads=self_heads, cross_heads=cross_heads, levels=levels, points=points)
         self.layers = nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(layers - 1))])
         self.norm = nn.LayerNorm(width)
         self.ref_point_head = MLP(2 * width, width, width, 2)

@@ -67,9 +67,7 @@ class DeformableAttention(nn.Module):
         sampled = []
         cells = [h * w for h, w in shapes]
         for level, (level_value, (h, w)) in enumerate(zip(value.split(cells, dim=1), shapes, strict=True)):
-            planes = level_value.transpose(1, 2).reshape(
-                -1, level_value.shape[-1] // heads, h, w
-            )  # (B*H, d, h, w)
+            planes = level_value.transpose(1, 2).reshape(-1, level_value.shape[-1] // heads, h, w)  # (B*H, d, h, w)
             points_of_level = grid[:, :, :, level].flatten(0, 1)  # (B*H, n, P, 2)
             sampled.append(F.grid_sample(planes, points_of_level, padding_mode="zeros", align_corners=False))
         values = sampled[0] if len(sampled) == 1 else torch.cat(sampled, dim=-1)  # (B*H, d, n, levels*P)
@@ -79,9 +77,7 @@ class DeformableAttention(nn.Module):
     def _locations(self, query: Tensor, references: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Sampling points (B, H, n, levels, P, 2) as fractions of the level, x then y."""
         n = query.shape[1]
-        offsets = (
-            self.sampling_offsets(query).view(-1, n, self.heads, self.levels, self.points, 2).transpose(1, 2)
-        )
+        offsets = self.sampling_offsets(query).view(-1, n, self.heads, self.levels, self.points, 2).transpose(1, 2)
         centre = references[:, None, :, :, None, :2]  # (B, 1, n, levels or 1, 1, 2)
         if references.shape[-1] == 4:
             return centre + offsets * (references[:, None, :, :, None, 2:] * (0.5 / self.points))

@@ -95,9 +95,7 @@ class RFDETR(nn.Module):
             bbox_reparam=config.bbox_reparam,
             box_head=None if config.lite_refpoint_refine else box_head,
         )
-        self.transformer = Transformer(
-            width, num_logits, config.group_detr, decoder, two_stage=config.two_stage
-        )
+        self.transformer = Transformer(width, num_logits, config.group_detr, decoder, two_stage=config.two_stage)
         self.class_embed = nn.Linear(width, num_logits)
         self.bbox_embed = box_head
         self.refpoint_embed = nn.Embedding(config.num_queries * config.group_detr, 4)
@@ -136,10 +134,10 @@ class RFDETR(nn.Module):
     ) -> dict[str, Any]:
         """Detect objects in normalised images (B, C, H, W), or in a list of (C, H, W), padded here.
 
-        `mask` (B, H, W) is True on padding. The result holds `pred_logits` (B, n, num_classes + 1) and
-        `pred_boxes` (B, n, 4) cxcywh in fractions of the input; n is num_queries, times group_detr in training
-        mode. `with_aux` (default: in training mode) adds `aux_outputs`, the same for each earlier decoder
-        layer, and `enc_outputs`, for the two-stage selection.
+        `mask` (B, H, W) is True on padding. The result holds `pred_logits` (B, n, num_classes + 1) and `pred_boxes`
+        (B, n, 4) cxcywh in fractions of the input; n is num_queries, in training mode times group_detr. `with_aux`
+        (default: in training mode) adds `aux_outputs`, the same for each earlier decoder layer, and `enc_outputs`,
+        for the two-stage selection.
 
         Raises ConfigError when H or W is not a multiple of patch_size x num_windows.
         """
@@ -150,9 +148,7 @@ class RFDETR(nn.Module):
         size = (int(images.shape[-2]), int(images.shape[-1]))
         return self.detect(images, mask, size=size, with_aux=self.training if with_aux is None else with_aux)
 
-    def detect(
-        self, images: Tensor, mask: Tensor | None, *, size: tuple[int, int], with_aux: bool
-    ) -> dict[str, Any]:
+    def detect(self, images: Tensor, mask: Tensor | None, *, size: tuple[int, int], with_aux: bool) -> dict[str, Any]:
         """`forward` for a batch whose `size` (H, W) is known as plain integers, as an export needs it."""
         config = self.config
         height, width = size
@@ -250,24 +246,16 @@ def _check(config: ModelConfig) -> None:
     }
     for field, wanted in unbuilt.items():
         if wanted:
-            raise ConfigError(
-                f"model.{field}: {getattr(config, field)} is not built yet", hint="leave it out"
-            )
+            raise ConfigError(f"model.{field}: {getattr(config, field)} is not built yet", hint="leave it out")
     depth = ENCODERS[config.encoder].depth
     depths = config.out_feature_indexes
     if not depths or min(depths) < 1 or max(depths) > depth or len(set(depths)) != len(depths):
-        raise ConfigError(
-            f"model.out_feature_indexes: {list(depths)} must be different block counts from 1 to {depth}"
-        )
+        raise ConfigError(f"model.out_feature_indexes: {list(depths)} must be different block counts from 1 to {depth}")
     scales = config.projector_scale
     if not scales or list(scales) != sorted(set(scales)):
-        raise ConfigError(
-            f"model.projector_scale: {list(scales)} must be different scales in ascending order"
-        )
+        raise ConfigError(f"model.projector_scale: {list(scales)} must be different scales in ascending order")
     for field in ("sa_nheads", "ca_nheads"):
         if config.hidden_dim % getattr(config, field):
-            raise ConfigError(
-                f"model.{field}: {getattr(config, field)} must divide hidden_dim {config.hidden_dim}"
-            )
+            raise ConfigError(f"model.{field}: {getattr(config, field)} must divide hidden_dim {config.hidden_dim}")
     if config.hidden_dim % 4:
         raise ConfigError(f"model.hidden_dim: {config.hidden_dim} must be a multiple of 4")

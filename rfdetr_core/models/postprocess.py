@@ -8,9 +8,7 @@ from torch import Tensor
 from rfdetr_core.models.boxes import cxcywh_to_xyxy
 
 
-def postprocess(
-    logits: Tensor, boxes: Tensor, target_sizes: Tensor, num_select: int
-) -> list[dict[str, Tensor]]:
+def postprocess(logits: Tensor, boxes: Tensor, target_sizes: Tensor, num_select: int) -> list[dict[str, Tensor]]:
     """The `num_select` best (query, class) pairs of each image; no suppression, ties keep their order.
 
     `logits` (B, Q, C), `boxes` (B, Q, 4) cxcywh in [0, 1], `target_sizes` (B, 2) rows height, width of the
@@ -27,6 +25,5 @@ def postprocess(
     corners = corners.gather(1, (flat // classes)[..., None].expand(-1, -1, 4))
     corners = torch.minimum(corners.clamp(min=0), extent)
     return [
-        {"scores": s, "labels": label, "boxes": b}
-        for s, label, b in zip(scores, flat % classes, corners, strict=True)
+        {"scores": s, "labels": label, "boxes": b} for s, label, b in zip(scores, flat % classes, corners, strict=True)
     ]

@@ -44,10 +44,8 @@ class ConvNorm(nn.Module):
             x = F.linear(x, self.conv.weight.flatten(1))
         else:
             x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if isinstance(self.bn, nn.LayerNorm):
-            x = self.bn(x)
-        else:
-            x = self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        channels_last = isinstance(self.bn, nn.LayerNorm)
+        x = self.bn(x) if channels_last else self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return F.relu(x) if self.relu else F.silu(x)
 
 

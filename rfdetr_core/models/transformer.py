@@ -34,9 +34,7 @@ def flatten_levels(maps: Sequence[Tensor], shapes: Sequence[tuple[int, int]], ma
     if mask is None:
         return Memory(tokens, shapes, None, None)
     masks = [F.interpolate(mask[:, None].float(), size=shape)[:, 0] > 0.5 for shape in shapes]
-    ratios = [
-        torch.stack([(~m[:, 0]).float().mean(-1), (~m[:, :, 0]).float().mean(-1)], dim=-1) for m in masks
-    ]
+    ratios = [torch.stack([(~m[:, 0]).float().mean(-1), (~m[:, :, 0]).float().mean(-1)], dim=-1) for m in masks]
     flat = torch.cat([m.flatten(1) for m in masks], dim=1)
     return Memory(tokens, shapes, flat, torch.stack(ratios, dim=1).to(tokens.dtype))
 
@@ -55,9 +53,7 @@ def anchors(memory: Memory) -> tuple[Tensor, Tensor]:
             extent = torch.stack([cells[:, 0].sum(-1), cells[:, :, 0].sum(-1)], dim=-1).float()[:, None, None]
         y = torch.arange(h, dtype=torch.float32, device=device)
         x = torch.arange(w, dtype=torch.float32, device=device)
-        centres = (
-            torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1) + 0.5
-        ) / extent  # (B or 1, h, w, 2)
+        centres = (torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1) + 0.5) / extent  # (B or 1, h, w, 2)
         sides = torch.full_like(centres, _ANCHOR_SIDE * 2.0**level)
         boxes.append(torch.cat([centres, sides], dim=-1).reshape(-1, h * w, 4))
         start += h * w
@@ -69,9 +65,7 @@ def anchors(memory: Memory) -> tuple[Tensor, Tensor]:
 class Transformer(nn.Module):
     """Two-stage heads (one set per query group) and decoder; `two_stage` off leaves the decoder alone."""
 
-    def __init__(
-        self, width: int, num_logits: int, groups: int, decoder: Decoder, *, two_stage: bool
-    ) -> None:
+    def __init__(self, width: int, num_logits: int, groups: int, decoder: Decoder, *, two_stage: bool) -> None:
         super().__init__()
         self.decoder = decoder
         self.two_stage = two_stage
@@ -123,9 +117,7 @@ class Transformer(nn.Module):
         chosen = F.embedding((indices + first_rows).flatten(1), tokens.reshape(-1, width))  # (G, B*k, D)
         logits, deltas = heads.predict(chosen)
         proposals = self._proposals(boxes, usable).to(tokens.dtype).expand(batch, -1, -1)
-        picked = proposals[torch.arange(batch, device=tokens.device)[:, None], indices].flatten(
-            1, 2
-        )  # (G, B*k, 4)
+        picked = proposals[torch.arange(batch, device=tokens.device)[:, None], indices].flatten(1, 2)  # (G, B*k, 4)
         out = refine(deltas, picked) if self.bbox_reparam else deltas + picked
         return Selection(_queries_last(logits, batch), _queries_last(out, batch), indices)
 

@@ -65,9 +65,7 @@ class Embeddings(nn.Module):
         """Images (B, channels, H, W) to tokens (B*n*n, T, width), windows row-major within an image."""
         n, (h, w) = self.num_windows, grid
         positions = self.positions(grid)
-        patches = (
-            self.patch_embeddings(images).flatten(2).transpose(1, 2) + positions[:, 1:]
-        )  # (B, h*w, width)
+        patches = self.patch_embeddings(images).flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, h*w, width)
         windows = patches.reshape(-1, n, h // n, n, w // n, patches.shape[-1]).transpose(2, 3)
         windows = windows.reshape(-1, (h // n) * (w // n), patches.shape[-1])
         prefix = self.cls_token + positions[:, :1]
@@ -182,7 +180,7 @@ class Encoder(nn.Module):
 class WindowedViT(nn.Module):
     """The encoder: images to one feature map per requested depth.
 
-    `outputs_after_blocks` counts blocks from 1; `windowed_blocks` holds 0-based indices, all other blocks attend
+    `outputs_after_blocks` counts blocks from 1; `windowed_blocks` holds 0-based indices, all others attend
     globally. Blocks behind the last requested depth keep their weights and are not computed.
     """
 

@@ -44,9 +44,7 @@ def assert_outputs(outputs: dict[str, Any], case: str, mode: str, **tolerances: 
     parts = {"": outputs, "enc.": outputs.get("enc_outputs")}
     parts |= {f"aux{i}.": layer for i, layer in enumerate(outputs["aux_outputs"])}
     data = golden.arrays(case)
-    stored = {
-        key.removesuffix("pred_boxes") for key in data if key.startswith(mode) and key.endswith("pred_boxes")
-    }
+    stored = {key.removesuffix("pred_boxes") for key in data if key.startswith(mode) and key.endswith("pred_boxes")}
     assert stored == {f"{mode}.{prefix}" for prefix, part in parts.items() if part is not None}
     for prefix, part in parts.items():
         if part is not None:
@@ -119,9 +117,7 @@ def test_intermediates() -> None:
         "dec1.cross_attn": crossed[0],
         "dec2.self_attn": attended[0],
     }
-    pairs |= {
-        f"backbone_feature{i}.b0_every8ch": m[0, :, :, ::8].permute(2, 0, 1) for i, m in enumerate(maps[0])
-    }
+    pairs |= {f"backbone_feature{i}.b0_every8ch": m[0, :, :, ::8].permute(2, 0, 1) for i, m in enumerate(maps[0])}
     for name, value in pairs.items():
         assert_allclose(value, data[f"eval.tap.{name}"], rtol=0, atol=1e-4, err_msg=name)
     assert len(positions) == 1, "query positions are computed once when references are refined once"
@@ -160,12 +156,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("case", "mode"),
     # The reference has no training numbers for batch norm.
-    [
-        (c, mode)
-        for c in VARIANTS
-        for mode in ("eval", "train")
-        if (c, mode) != ("var_batchnorm_projector", "train")
-    ],
+    [(c, mode) for c in VARIANTS for mode in ("eval", "train") if (c, mode) != ("var_batchnorm_projector", "train")],
 )
 def test_architecture_flags(case: str, mode: str) -> None:
     side = 112 if case == "var_base_indexes" else 128
