@@ -1,12 +1,18 @@
-"""ModelConfig: the variant and the architecture flags of RF-DETR (model spec section 1, training spec 1.3)."""
+"""ModelConfig: variant and architecture flags of RF-DETR (model spec section 1, training spec 1.3)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import math
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from rfdetr_core.config.base import Config, Int
+from rfdetr_core.config.base import Bool, Config, Int, Text, Uri, whole_number
+from rfdetr_core.config.problems import Problem, not_allowed, refusal
+from rfdetr_core.config.resolution import legal_resolution, nearest_resolutions
 
 
 class EncoderSize(NamedTuple):
@@ -88,8 +94,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Defaults of each variant (model spec 1.1); a field the user gives wins."""
 
 
-class ModelConfig(Config):
-    """The detector's architecture. A variant fills every field that is not given."""
+class ModelSection(Config):
+    """The `model` section: like ModelConfig, but the number of classes may be left to the dataset.
+
+    A variant fills every architecture field that is not given or null.
+    """
 
     variant: Literal["pico", "nano", "small", "medium", "large", "base", "large-deprecated"] = "nano"
     """Model size; pico is ours, for demos and tests on a CPU."""
@@ -118,8 +127,10 @@ class ModelConfig(Config):
     """Heads of the decoder's deformable cross-attention."""
     dec_n_points: Int = Field(ge=1)
     """Sampling points per head and level of the deformable attention."""
-    resolution: Int = Field(ge=1)
-    """Side of the square input in pixels."""
+    resolution: Int
+    """Side of the square input in pixels: a multiple of patch_size x num_windows; one of 14 is rounded up."""
+    requested_resolution: Int | None = None
+    """The resolution that was asked for, where it had to be rounded up. Recorded by us, never given."""
     positional_encoding_size: Int = Field(ge=1)
     """Side of the positional table, in patches; follows the resolution unless given."""
     num_queries: Int = Field(ge=1)
@@ -128,42 +139,46 @@ class ModelConfig(Config):
     """Detections kept by post-processing."""
     group_detr: Int = Field(ge=1)
     """Query groups in training; evaluation uses the first."""
-    num_classes: Int = Field(default=90, ge=1)
-    """Classes; the head has one more column. Taken from the dataset unless given."""
+    num_classes: Int | None = Field(default=None, ge=1)
+    """Classes; the head has one more column. Null: as many as the dataset has."""
     num_channels: Int = Field(default=3, ge=1)
     """Image channels."""
-    two_stage: bool = True
+    two_stage: Bool = True
     """References from the encoder's best tokens, instead of a learned table."""
-    bbox_reparam: bool = True
+    bbox_reparam: Bool = True
     """Box deltas relative to the reference's size, instead of in logit space."""
-    lite_refpoint_refine: bool = True
+    lite_refpoint_refine: Bool = True
     """References refined once, instead of after each decoder layer."""
-    layer_norm: bool = True
+    layer_norm: Bool = True
     """Layer norm in the projector, instead of batch norm."""
-    ia_bce_loss: bool = True
+    ia_bce_loss: Bool = True
     """IoU-aware classification loss, instead of the focal loss."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Bool = False
     """Recompute encoder blocks in backward: less memory, more time."""
-    freeze_encoder: bool = False
+    freeze_encoder: Bool = False
     """Keep the encoder's weights as they are."""
-    segmentation_head: bool = False
+    segmentation_head: Bool = False
     """Predict masks as well."""
     mask_downsample_ratio: Int = Field(default=4, ge=1)
     """Image side over mask side, for segmentation."""
-    backbone_lora: bool = False
+    backbone_lora: Bool = False
     """Train low-rank adapters of the encoder instead of its weights."""
     num_decoder_registers: Int = Field(default=0, ge=0)
     """Extra tokens in the decoder."""
-    compile: bool = False
+    compile: Bool = False
     """torch.compile the training step (CUDA)."""
-    cuda_graphs: bool = False
+    cuda_graphs: Bool = False
     """Capture the training step as CUDA graphs."""
-    fused_optimizer: bool = True
+    fused_optimizer: Bool = True
     """AdamW's fused kernel where the device has it."""
-    device: str | None = None
+    device: Text | None = None
     """Deprecated spelling of train.accelerator, for the Python API."""
-    pretrain_weights: str | None = None
+    pretrain_weights: Uri | None = None
     """Weights to start from: a path or an s3:// URI; null trains from scratch."""
+
+    if TYPE_CHECKING:
+        # The variant gives what is not given here, which no type checker can know.
+        def __init__(self, **values: Any) -> None: ...
 
     @property
     def block(self) -> int:
@@ -176,12 +191,101 @@ class ModelConfig(Config):
         if not isinstance(given, dict):
             return given
         variant = given.get("variant", "nano")
-        if variant not in VARIANTS:
-            return {**VARIANTS["nano"], "positional_encoding_size": 1, **given}  # the field itself reports it
-        filled = {**VARIANTS[variant], **given}
+        known = isinstance(variant, str) and variant in VARIANTS  # if not, the field itself reports it
+        fills = VARIANTS[variant if known else "nano"]
+        follows = {*fills, "positional_encoding_size"}
+        filled = fills | {k: v for k, v in given.items() if v is not None or k not in follows}
+        _round_resolution(filled)
         if "positional_encoding_size" not in filled:
-            try:
-                filled["positional_encoding_size"] = int(filled["resolution"]) // int(filled["patch_size"])
-            except (TypeError, ValueError, ZeroDivisionError):
-                filled["positional_encoding_size"] = 1  # the faulty field reports itself
+            resolution, patch = _positive(filled["resolution"]), _positive(filled["patch_size"])
+            # Where one of them is faulty it reports itself.
+            filled["positional_encoding_size"] = max(resolution // patch, 1) if resolution and patch else 1
+        if given.get("num_select") is None:
+            classes = _positive(filled.get("num_classes", cls.model_fields["num_classes"].default))
+            queries = _positive(filled["num_queries"])
+            if classes and queries:
+                filled["num_select"] = min(filled["num_select"], queries * (classes + 1))
         return filled
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = list(self._inconsistencies())
+        if problems:
+            raise refusal(problems)
+        return self
+
+    def _inconsistencies(self) -> Iterator[Problem]:
+        if self.resolution < 1 or self.resolution % self.block:
+            rule = f"must be a multiple of patch_size x num_windows = {self.block}, or of 14"
+            yield not_allowed("resolution", self.resolution, rule, nearest_resolutions(self.resolution, self.block))
+        requested = self.requested_resolution
+        if requested is not None and (
+            requested == self.resolution or legal_resolution(requested, self.block) != self.resolution
+        ):
+            yield not_allowed("requested_resolution", requested, "is recorded by us, never given; leave it out")
+        # 4: the sine embedding gives each coordinate half of it, in sine and cosine pairs.
+        step = math.lcm(self.sa_nheads, self.ca_nheads, 4)
+        if self.hidden_dim % step:
+            rule = f"must be a multiple of 4, sa_nheads = {self.sa_nheads} and ca_nheads = {self.ca_nheads}"
+            yield not_allowed("hidden_dim", self.hidden_dim, rule, max(round(self.hidden_dim / step), 1) * step)
+        yield from self._misplaced_features()
+        available = self.num_queries * (self.num_classes + 1) if self.num_classes else None
+        if available is not None and self.num_select > available:
+            rule = f"must be at most num_queries x (num_classes + 1) = {available}"
+            yield not_allowed("num_select", self.num_select, rule, available)
+
+    def _misplaced_features(self) -> Iterator[Problem]:
+        depth = ENCODERS[self.encoder].depth
+        indexes = self.out_feature_indexes
+        ascending = all(a < b for a, b in pairwise(indexes))
+        if not indexes or not ascending or indexes[0] < 1 or indexes[-1] > depth:
+            rule = f"must be ascending encoder depths between 1 and {depth}"
+            use = sorted({min(max(index, 1), depth) for index in indexes}) or [depth]
+            yield not_allowed("out_feature_indexes", indexes, rule, use)
+        scales = self.projector_scale
+        if not scales or list(scales) != sorted(set(scales)):
+            rule = "must be ascending scales, each once"
+            yield not_allowed("projector_scale", scales, rule, sorted(set(scales)) or ["P4"])
+
+    def with_num_classes(self, num_classes: int) -> ModelConfig:
+        """The architecture for that many classes.
+
+        num_select, where it is the variant's own, shrinks to what there is to select from.
+
+        Raises:
+            ConfigError: the number is not positive, or num_select was given and is too large for it.
+        """
+        values = self.model_dump(exclude={"num_classes"})
+        if self.num_select == VARIANTS[self.variant]["num_select"]:
+            del values["num_select"]
+        return ModelConfig.parse({**values, "num_classes": num_classes})
+
+
+class ModelConfig(ModelSection):
+    """The detector's architecture, complete: what the model's constructor takes."""
+
+    num_classes: Int = Field(default=90, ge=1)
+    """Classes; the head has one more column."""
+
+
+def _positive(value: Any) -> int:
+    """The value as a positive whole number, or 0 if it is none."""
+    try:
+        return max(int(whole_number(value)), 0)
+    except ValueError:
+        return 0
+
+
+def _round_resolution(filled: dict[str, Any]) -> None:
+    """Replace a multiple of 14 by the next legal size, and keep what was asked for."""
+    requested = _positive(filled["resolution"])
+    block = _positive(filled["patch_size"]) * _positive(filled["num_windows"])
+    legal = legal_resolution(requested, block) if block else None
+    if legal is not None and legal != requested:
+        filled.update(resolution=legal, requested_resolution=requested)
+        warnings.warn(
+            f"resolution {requested} is not a multiple of patch_size x num_windows = {block}: "
+            f"{legal} is used for training, evaluation and export",
+            UserWarning,
+            stacklevel=2,
+        )

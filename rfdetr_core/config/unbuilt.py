@@ -1,0 +1,117 @@
+"""Fields that are part of the language and have no effect yet: only their default is accepted.
+
+A field that would be taken and ignored is a lie to the user, so any other value is an error. Who builds a
+field's effect removes its row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rfdetr_core.config.base import Config
+from rfdetr_core.config.problems import Problem, as_config_error, show
+
+
+class Unbuilt(NamedTuple):
+    """What is missing, and the values that work all the same."""
+
+    missing: str
+    works: tuple[Any, ...] = ()
+
+
+NOT_BUILT: dict[str, Unbuilt] = {
+    "dataset.format": Unbuilt("the readers of YOLO and Pascal VOC", works=("auto", "coco")),
+    "model.variant": Unbuilt(
+        "the two feature scales of large-deprecated",
+        works=("nano", "pico", "small", "medium", "large", "base"),
+    ),
+    "model.encoder": Unbuilt(
+        "register tokens",
+        works=("dinov2_windowed_small", "dinov2_windowed_pico", "dinov2_windowed_base"),
+    ),
+    "model.projector_scale": Unbuilt("feature scales other than P4", works=(("P4",),)),
+    "model.two_stage": Unbuilt("learned references"),
+    "model.bbox_reparam": Unbuilt("box deltas in logit space"),
+    "model.lite_refpoint_refine": Unbuilt("references refined after each decoder layer"),
+    "model.layer_norm": Unbuilt("batch norm in the projector"),
+    "model.ia_bce_loss": Unbuilt("the focal loss"),
+    "model.num_channels": Unbuilt("images of other than three channels"),
+    "model.segmentation_head": Unbuilt("masks"),
+    "model.mask_downsample_ratio": Unbuilt("masks"),
+    "model.backbone_lora": Unbuilt("low-rank adapters"),
+    "model.num_decoder_registers": Unbuilt("extra decoder tokens"),
+    "model.compile": Unbuilt("torch.compile of the training step"),
+    "model.cuda_graphs": Unbuilt("CUDA graphs of the training step"),
+    "model.fused_optimizer": Unbuilt("the choice of AdamW's kernel"),
+    "model.device": Unbuilt("the old spelling of train.accelerator"),
+    "model.pretrain_weights": Unbuilt("starting from pretrained weights"),
+    "train.max_hours": Unbuilt("the time budget"),
+    "train.resume": Unbuilt("the warm start"),
+    "train.notes": Unbuilt("notes in checkpoints"),
+    "train.dont_save_weights": Unbuilt("leaving out weight files"),
+    "train.smooth_alpha": Unbuilt("smoothing of the monitored metric"),
+    "train.run_test": Unbuilt("the test run at the end of training; the evaluate stage does it"),
+    "train.eval_masks_head_resolution": Unbuilt("masks"),
+    # Where the effect is missing, switching it off is honest; only the default promises more than there is.
+    "train.compute_val_loss": Unbuilt("the validation loss", works=(True, False)),
+    "train.compute_test_loss": Unbuilt("the test loss", works=(True, False)),
+    "train.tensorboard": Unbuilt("TensorBoard event files", works=(True, False)),
+    "train.compute_train_metrics": Unbuilt("metrics on the training images"),
+    "train.fp16_eval": Unbuilt("evaluation in float16"),
+    "train.class_names": Unbuilt("the check of class names"),
+    "train.wandb": Unbuilt("logging to Weights & Biases"),
+    "train.mlflow": Unbuilt("logging to MLflow"),
+    "train.project": Unbuilt("names for W&B and MLflow"),
+    "train.run": Unbuilt("names for W&B and MLflow"),
+    "train.dataset_file": Unbuilt("a layout other than the one found"),
+    "train.multi_scale": Unbuilt("a size per image", works=("per-batch", "off")),
+    "train.square_resize_div_64": Unbuilt("resizing that keeps the aspect"),
+    "train.aug_config": Unbuilt("augmentations beside the flip", works=(None, {})),
+    "train.save_dataset_grids": Unbuilt("pictures of batches"),
+    "train.skip_corrupt": Unbuilt("skipping unreadable images"),
+    "train.accelerator": Unbuilt("TPU", works=("auto", "cpu", "gpu", "cuda", "mps")),
+    "train.amp_dtype": Unbuilt("fp8", works=("auto", None, "bf16", "fp16")),
+    "train.devices": Unbuilt("several GPUs"),
+    "train.num_nodes": Unbuilt("several nodes"),
+    "probe.price_per_hour": Unbuilt("the cost estimate"),
+    "notify.webhook_secret_env": Unbuilt("notification"),
+}
+"""Dotted field → what is missing. The error advises the first of `works`; without it, the default."""
+
+
+def unbuilt_problems(config: Config, section: str = "") -> Iterator[Problem]:
+    """Every field of a configuration, or of one of its sections, that asks for what is not built."""
+    prefix = f"{section}." if section else ""
+    for path, row in NOT_BUILT.items():
+        if not path.startswith(prefix):
+            continue
+        owner: Any = config
+        *parents, name = path.removeprefix(prefix).split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        value = getattr(owner, name)
+        works = row.works or (type(owner).model_fields[name].default,)
+        if value not in works:
+            shown = "this value" if path.startswith("notify.") else show(value)
+            others = f" or use {' or '.join(map(show, works[1:]))}" if works[1:] else ""
+            yield Problem(
+                path,
+                f"{shown} is not built yet; leave it at {show(works[0])}{others} (missing: {row.missing})",
+            )
+
+
+def refuse_unbuilt(config: Config, section: str) -> None:
+    """Refuse a ModelConfig (`section` "model") or TrainConfig ("train") that stands alone.
+
+    Raises:
+        ConfigError: a field asks for what is not built. RunConfig refuses it by itself.
+    """
+    problems = list(unbuilt_problems(config, section))
+    if problems:
+        raise as_config_error(problems)
+
+
+def unbuilt_fields() -> list[str]:
+    """Each field of the table with what is missing, for people."""
+    return [f"{path}: {row.missing}" for path, row in NOT_BUILT.items()]
