@@ -15,10 +15,10 @@ from urllib.parse import unquote
 
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.storage.base import FileDigest, FileInfo, Location, encode_json, is_printable
-from rfdetr_core.storage.local import LocalLocation, digest_file
+from rfdetr_core.storage.local import LocalLocation
 from rfdetr_core.storage.s3 import S3Location
 
-__all__ = ["FileDigest", "FileInfo", "Location", "digest_file", "encode_json", "location"]
+__all__ = ["FileDigest", "FileInfo", "Location", "encode_json", "location"]
 
 _LEGAL = "for example s3://bucket/prefix, file:///folder or a path"
 # What botocore lets pass, less names that are no names; Amazon's own rule is narrower, Ceph's is not.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from rfdetr_core.errors import ConfigError, MissingObjectError, StorageAccessError, VersionConflict
-from rfdetr_core.storage.parallel import Job, Tick, run_jobs
+from rfdetr_core.storage.parallel import Job, Tick, ignore, run_jobs
 
 CHUNK = 1024 * 1024
 """Bytes per read while hashing or copying."""
@@ -138,10 +139,16 @@ class Location(ABC):
         """
 
     @abstractmethod
-    def _upload(self, path: Path, tick: Tick) -> FileDigest: ...
+    def upload_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
+        """Replace this file by a local one; returns size and digest of the bytes that were sent."""
 
     @abstractmethod
-    def _download(self, path: Path, tick: Tick) -> FileDigest: ...
+    def download_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
+        """Copy this file to `path`, which changes only once all bytes are there."""
+
+    @abstractmethod
+    def digest_file(self, tick: Tick = ignore) -> FileDigest:
+        """Read this file to its end, keeping nothing but its size and digest."""
 
     def read_text(self) -> str:
         """The whole file as UTF-8."""
@@ -168,14 +175,6 @@ class Location(ABC):
         """Replace the file by `value` as JSON: sorted keys, two spaces, no NaN (ValueError)."""
         self.write_bytes(encode_json(value))
 
-    def upload_file(self, path: Path) -> FileDigest:
-        """Replace this file by a local one; returns size and digest of the bytes that were sent."""
-        return self._upload(path, _ignore)
-
-    def download_file(self, path: Path) -> FileDigest:
-        """Copy this file to `path`, which changes only once all bytes are there."""
-        return self._download(path, _ignore)
-
     # A folder
 
     @abstractmethod
@@ -190,11 +189,14 @@ class Location(ABC):
     def delete_tree(self) -> None:
         """Remove everything below; no error if there is nothing. A bucket or '/' itself is refused."""
 
-    def upload_tree(self, folder: Path, *, progress: bool | None = None) -> dict[str, FileDigest]:
-        """Copy all files of a local folder here, several at a time; other files here stay.
+    def upload_tree(
+        self, folder: Path, *, names: Iterable[str] | None = None, progress: bool | None = None
+    ) -> dict[str, FileDigest]:
+        """Copy all files of a local folder here, or only `names`, several at a time; other files here stay.
 
         Args:
             folder: an existing local folder; links that leave it are an error.
+            names: file names relative to the folder.
             progress: show a bar on standard error; None shows one on a terminal only.
 
         Returns:
@@ -202,24 +204,24 @@ class Location(ABC):
         """
         from rfdetr_core.storage.local import LocalLocation
 
-        source = LocalLocation(folder.absolute())
+        sizes = {info.name: info.size for info in LocalLocation(folder.absolute()).list_files()}
         if not folder.is_dir():
-            raise MissingObjectError(f"cannot upload {source.uri}: no such folder", hint="check the path")
+            raise MissingObjectError(f"cannot upload {folder}: no such folder", hint="check the path")
         jobs = [
-            Job(info.name, info.size, _bind((self / info.name)._upload, folder / info.name))
-            for info in source.list_files()
+            Job(name, sizes.get(name, 0), partial((self / name).upload_file, folder / name))
+            for name in sorted(sizes if names is None else set(names))
         ]
         return run_jobs(jobs, title=f"upload {self.name}", progress=progress)
 
     def download_tree(
-        self, folder: Path, *, progress: bool | None = None, names: Iterable[str] | None = None
+        self, folder: Path, *, names: Iterable[str] | None = None, progress: bool | None = None
     ) -> dict[str, FileDigest]:
         """Copy all files below, or only `names`, into a local folder, several at a time.
 
         Args:
             folder: made if absent; its other files stay.
-            progress: show a bar on standard error; None shows one on a terminal only.
             names: file names relative to this location.
+            progress: show a bar on standard error; None shows one on a terminal only.
 
         Returns:
             name -> digest of the bytes that arrived.
@@ -229,12 +231,12 @@ class Location(ABC):
                 prefix is never a success.
         """
         if names is None:
-            files = [(info.name, info.size) for info in self.list_files()]
-            if not files:
+            sizes = {info.name: info.size for info in self.list_files()}
+            if not sizes:
                 raise MissingObjectError(f"cannot download {self.uri}: no files there", hint="check the URI")
         else:
-            files = [(name, 0) for name in sorted(set(names))]
-        jobs = [Job(name, size, _bind((self / name)._download, folder / name)) for name, size in files]
+            sizes = dict.fromkeys(sorted(set(names)), 0)
+        jobs = [Job(name, size, partial((self / name).download_file, folder / name)) for name, size in sizes.items()]
         return run_jobs(jobs, title=f"download {self.name}", progress=progress)
 
     def conditional_writes_work(self) -> bool:
@@ -265,10 +267,3 @@ def _refuses(probe: Location, version: str | None) -> bool:
     except VersionConflict:
         return True
     return False
-
-
-def _bind(move: Callable[[Path, Tick], FileDigest], path: Path) -> Callable[[Tick], FileDigest]:
-    return lambda tick: move(path, tick)
-
-
-def _ignore(_: int) -> None: ...

@@ -25,7 +25,7 @@ from rfdetr_core.errors import (
     VersionConflict,
 )
 from rfdetr_core.storage.base import CHUNK, FileDigest, FileInfo, Location, check_name, check_range
-from rfdetr_core.storage.parallel import Tick
+from rfdetr_core.storage.parallel import Tick, ignore
 
 RESERVED = ".rfdetr-"
 """Temporaries and lock files start so; a crash can leave one behind, and it is never listed."""
@@ -95,11 +95,20 @@ class LocalLocation(Location):
                 file.write(data)
         return _version(data)
 
-    def _upload(self, path: Path, tick: Tick) -> FileDigest:
+    def upload_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
         return _copy(path, self.path, tick, durable=True)
 
-    def _download(self, path: Path, tick: Tick) -> FileDigest:
+    def download_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
         return _copy(self.path, path, tick, durable=False)
+
+    def digest_file(self, tick: Tick = ignore) -> FileDigest:
+        digest, size = hashlib.sha256(), 0
+        with local_errors("read", self.path), self.path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+                tick(len(chunk))
+        return FileDigest(size, digest.hexdigest())
 
     def list_files(self) -> list[FileInfo]:
         with local_errors("list", self.path):
@@ -169,17 +178,6 @@ def _copy(source: Path, target: Path, tick: Tick, *, durable: bool) -> FileDiges
         while chunk := reader.read(CHUNK):
             digest.update(chunk)
             writer.write(chunk)
-            size += len(chunk)
-            tick(len(chunk))
-    return FileDigest(size, digest.hexdigest())
-
-
-def digest_file(path: Path, tick: Tick) -> FileDigest:
-    """Size and SHA-256 of a local file, read once."""
-    digest, size = hashlib.sha256(), 0
-    with local_errors("read", path), path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
             size += len(chunk)
             tick(len(chunk))
     return FileDigest(size, digest.hexdigest())

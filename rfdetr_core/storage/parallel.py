@@ -16,6 +16,11 @@ THREADS = 8
 Tick = Callable[[int], None]
 """Told the number of bytes that just moved; raises when the transfer shall stop."""
 
+
+def ignore(_: int) -> None:
+    """The tick of those who do not count."""
+
+
 T = TypeVar("T")
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
 from rfdetr_core.errors import ConfigError, VersionConflict
 from rfdetr_core.storage.base import (
+    CHUNK,
     ConditionsUnsupportedError,
     FileDigest,
     FileInfo,
@@ -20,9 +22,15 @@ from rfdetr_core.storage.base import (
     check_range,
 )
 from rfdetr_core.storage.local import atomic_file, local_errors
-from rfdetr_core.storage.parallel import Tick
+from rfdetr_core.storage.parallel import Tick, ignore
 from rfdetr_core.storage.s3_client import PART_BYTES, S3Session, s3_session
 from rfdetr_core.storage.s3_errors import error_code, http_status, s3_errors
+
+if TYPE_CHECKING:
+    from botocore.response import StreamingBody
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+T = TypeVar("T")
 
 BODY_ATTEMPTS = 3
 """botocore repeats a request until its answer begins; a body that breaks off is ours to ask for again."""
@@ -58,7 +66,7 @@ class S3Location(Location):
 
     def read_bytes(self) -> bytes:
         with self._errors("read") as s3:
-            return self._get(s3)[0]
+            return self._get(s3, _body)
 
     def read_range(self, offset: int, length: int) -> bytes:
         check_range(offset, length)
@@ -68,7 +76,7 @@ class S3Location(Location):
         wanted = f"bytes={offset}-{offset + max(length, 1) - 1}"
         with self._errors("read") as s3:
             try:
-                return self._get(s3, Range=wanted)[0][:length]
+                return self._get(s3, _body, Range=wanted)[:length]
             except ClientError as error:
                 if http_status(error) == 416:  # the file ends before `offset`
                     return b""
@@ -99,7 +107,7 @@ class S3Location(Location):
 
     def read_versioned(self) -> tuple[bytes, str]:
         with self._errors("read") as s3:
-            return self._get(s3)
+            return self._get(s3, lambda answer: (_body(answer), answer["ETag"]))
 
     def write_if(self, data: bytes, version: str | None) -> str:
         from botocore.exceptions import ClientError
@@ -148,34 +156,40 @@ class S3Location(Location):
             raise ConfigError(f"refusing to delete all of {self.uri}", hint="name a folder below it")
         self._delete_keys([key for key, _ in self._keys()])
 
-    def _upload(self, path: Path, tick: Tick) -> FileDigest:
+    def upload_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
         with local_errors("read", path), path.open("rb") as file, self._errors("write") as s3:
-            reader: Any = _HashingReader(file, tick)
+            reader = _HashingReader(file, tick)
             if path.stat().st_size <= PART_BYTES:
                 s3.client.put_object(Bucket=self.bucket, Key=self._file, Body=reader.read(), ContentType=self._type)
             else:
                 # A reader that cannot seek is read once and in order, so that the digest is of what was sent.
-                type_of = {"ContentType": self._type}
-                s3.transfers.upload(reader, self.bucket, self._file, extra_args=type_of).result()
-            digest: FileDigest = reader.digest()
-            return digest
+                body: Any = reader
+                s3.transfers.upload(body, self.bucket, self._file, {"ContentType": self._type}).result()
+            return reader.digest()
 
-    def _download(self, path: Path, tick: Tick) -> FileDigest:
-        with (
-            local_errors("write", path),
-            atomic_file(path, durable=False) as file,
-            self._errors("read") as s3,
-        ):
-            try:
-                data, _ = self._get(s3, limit=PART_BYTES)
+    def download_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
+        with local_errors("write", path), atomic_file(path, durable=False) as file, self._errors("read") as s3:
+            # Most files come whole with the first answer; a large one is then asked for in parts.
+            data = self._get(s3, lambda answer: None if answer["ContentLength"] > PART_BYTES else _body(answer))
+            if data is None:
+                progress: Any = _Progress(tick)
+                s3.transfers.download(self.bucket, self._file, file, subscribers=[progress]).result()
+            else:
                 file.write(data)
                 tick(len(data))
-            except _TooLargeError:
-                progress: Any = _Progress(tick)
-                s3.transfers.download(self.bucket, self.key, file, subscribers=[progress]).result()
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return FileDigest(file.tell(), digest)
+
+    def digest_file(self, tick: Tick = ignore) -> FileDigest:
+        def read(answer: GetObjectOutputTypeDef) -> FileDigest:
+            reader = _HashingReader(answer["Body"], tick)
+            while reader.read(CHUNK):
+                pass
+            return reader.digest()
+
+        with self._errors("read") as s3:
+            return self._get(s3, read)
 
     @property
     def _prefix(self) -> str:
@@ -198,21 +212,20 @@ class S3Location(Location):
         with s3_errors(action, self.uri, self.bucket, session.endpoint):
             yield session
 
-    def _get(self, s3: S3Session, *, limit: int | None = None, **request: Any) -> tuple[bytes, str]:
-        """Body and ETag; raises `_TooLargeError` above `limit` bytes."""
+    def _get(self, s3: S3Session, use: Callable[[GetObjectOutputTypeDef], T], **request: Any) -> T:
+        """What `use` makes of the answer; it starts over when the body breaks off."""
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-        for attempt in range(BODY_ATTEMPTS):
+        for attempt in count(1):
             answer = s3.client.get_object(Bucket=self.bucket, Key=self._file, **request)
-            with answer["Body"] as body:
-                if limit is not None and answer["ContentLength"] > limit:
-                    raise _TooLargeError
+            # Not `with body`: that hands out the raw stream, which takes a truncated body for a whole one.
+            with closing(answer["Body"]):
                 try:
-                    return body.read(), answer["ETag"]
+                    return use(answer)
                 except (HTTPClientError, IncompleteReadError):
-                    if attempt + 1 == BODY_ATTEMPTS:
+                    if attempt == BODY_ATTEMPTS:
                         raise
-        raise AssertionError("unreachable")
+        raise AssertionError("count() does not end")
 
     def _keys(self) -> Iterator[tuple[str, int]]:
         with self._errors("list") as s3:
@@ -237,14 +250,14 @@ class S3Location(Location):
                     raise ClientError(answer, "DeleteObjects")
 
 
-class _TooLargeError(Exception):
-    """The object is to be fetched in parts."""
+def _body(answer: GetObjectOutputTypeDef) -> bytes:
+    return answer["Body"].read()
 
 
 class _HashingReader:
     """Reads a file once, in order, and remembers the digest of what it gave away."""
 
-    def __init__(self, file: BinaryIO, tick: Tick) -> None:
+    def __init__(self, file: BinaryIO | StreamingBody, tick: Tick) -> None:
         self._file, self._tick = file, tick
         self._hash, self._size = hashlib.sha256(), 0
 
