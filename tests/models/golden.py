@@ -26,6 +26,21 @@ TINY = {
     "num_classes": 7,
     "dec_layers": 3,
 }
+TINY_IMAGE = (1248, (2, 3, 128, 128))
+"""Seed and shape, for `gauss`."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "var_no_bbox_reparam": {"bbox_reparam": False},
+    "var_full_refine": {"lite_refpoint_refine": False},
+    "var_full_refine_no_reparam": {"lite_refpoint_refine": False, "bbox_reparam": False},
+    "var_no_two_stage": {"two_stage": False},
+    "var_batchnorm_projector": {"layer_norm": False},
+    "var_p3p4p5": {"projector_scale": ("P3", "P4", "P5")},
+    "var_registers": {"encoder": "dinov2_registers_windowed_small"},
+    "var_windows1": {"num_windows": 1},
+    "var_windows4": {"num_windows": 4},
+    "var_base_indexes": {**TINY, "variant": "base", "resolution": 112, "positional_encoding_size": 8},
+}
+"""Architecture flags of the stored cases, over TINY."""
 
 
 @functools.cache

@@ -16,7 +16,6 @@ from rfdetr_core.models.detector import RFDETR, pad_images
 from rfdetr_core.models.postprocess import postprocess
 from tests.models import golden
 
-TINY_IMAGE = (1248, (2, 3, 128, 128))
 PADDED = [(1237, (3, 128, 96)), (1238, (3, 100, 128))]
 
 
@@ -56,7 +55,7 @@ def assert_outputs(outputs: dict[str, Any], case: str, mode: str, **tolerances: 
 @pytest.mark.parametrize(
     ("case", "image"),
     [
-        ("tiny", TINY_IMAGE),
+        ("tiny", golden.TINY_IMAGE),
         ("tiny_rect", (1235, (2, 3, 96, 160))),  # positional table resized to another aspect ratio
         ("tiny_fewtokens", (1239, (2, 3, 64, 64))),  # 16 tokens for 20 queries
     ],
@@ -89,7 +88,7 @@ def test_outputs_of_padded_images(mode: str, as_list: bool) -> None:
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_outputs_in_float64(mode: str) -> None:
-    outputs, _ = run(golden.build(torch.float64), golden.gauss(*TINY_IMAGE).double(), mode)
+    outputs, _ = run(golden.build(torch.float64), golden.gauss(*golden.TINY_IMAGE).double(), mode)
     assert_outputs(outputs, "tiny_float64", mode, logits=1e-9, boxes=1e-9)
 
 
@@ -107,7 +106,7 @@ def test_intermediates() -> None:
         captured(layers[1].cross_attn) as crossed,
         captured(layers[2].self_attn) as attended,
     ):
-        run(model, golden.gauss(*TINY_IMAGE), "eval")
+        run(model, golden.gauss(*golden.TINY_IMAGE), "eval")
     pairs = {
         "embeddings": tokens[0],
         "projector0": projected[0][0].permute(0, 3, 1, 2),
@@ -134,33 +133,19 @@ def test_postprocessing() -> None:
         assert_allclose(detections["boxes"], data[f"eval.post{i}.boxes"], rtol=0, atol=5e-3)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "var_no_bbox_reparam": {"bbox_reparam": False},
-    "var_full_refine": {"lite_refpoint_refine": False},
-    "var_full_refine_no_reparam": {"lite_refpoint_refine": False, "bbox_reparam": False},
-    "var_no_two_stage": {"two_stage": False},
-    "var_batchnorm_projector": {"layer_norm": False},
-    "var_p3p4p5": {"projector_scale": ("P3", "P4", "P5")},
-    "var_registers": {"encoder": "dinov2_registers_windowed_small"},
-    "var_windows1": {"num_windows": 1},
-    "var_windows4": {"num_windows": 4},
-    "var_base_indexes": {
-        **golden.TINY,
-        "variant": "base",
-        "resolution": 112,
-        "positional_encoding_size": 8,
-    },
-}
-
-
 @pytest.mark.parametrize(
     ("case", "mode"),
     # The reference has no training numbers for batch norm.
-    [(c, mode) for c in VARIANTS for mode in ("eval", "train") if (c, mode) != ("var_batchnorm_projector", "train")],
+    [
+        (c, mode)
+        for c in golden.VARIANTS
+        for mode in ("eval", "train")
+        if (c, mode) != ("var_batchnorm_projector", "train")
+    ],
 )
 def test_architecture_flags(case: str, mode: str) -> None:
     side = 112 if case == "var_base_indexes" else 128
-    outputs, _ = run(golden.build(**VARIANTS[case]), golden.gauss(1248, (2, 3, side, side)), mode)
+    outputs, _ = run(golden.build(**golden.VARIANTS[case]), golden.gauss(1248, (2, 3, side, side)), mode)
     assert_outputs(outputs, case, mode)
 
 
