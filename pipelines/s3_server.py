@@ -17,7 +17,6 @@ import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from rfdetr_core.errors import StorageAccessError
 
@@ -39,7 +38,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class LocalS3Server:
-    """`with LocalS3Server(Path("runs/s3"), bucket="demo") as server: os.environ.update(server.environment)`.
+    """`with LocalS3Server(Path("runs/s3"), bucket="demo") as environment: os.environ.update(environment)`.
 
     Listens on a free port of the loopback interface with credentials made at random for every start; they
     travel by environment only, so `ps` does not show them. The server stops when the block ends, and with
@@ -94,7 +93,7 @@ class LocalS3Server:
             raise RuntimeError("the server is not running")
         return self._process.pid
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> dict[str, str]:
         rclone = _rclone()
         (self.folder / self.bucket).mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,7 @@ class LocalS3Server:
         except BaseException:
             self._stop()
             raise
-        return self
+        return self.environment
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
