@@ -54,14 +54,14 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:
         """Attend from (B, n, D) queries to (B, N, D) memory: the levels of `shapes` (h, w), concatenated.
 
-        `references` are (B, n, levels or 1, 4) boxes cxcywh, or 2-d points, as fractions of the level; `mask`
+        `references` are (B, n, levels or 1, 4) boxes cxcywh as fractions of the level; `mask`
         (B, N) is True on padded cells, whose value is 0. Returns (B, n, D).
         """
         n, heads, points = query.shape[1], self.heads, self.points
         value = self.value_proj(memory)  # (B, N, D)
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0.0)
-        grid = self._locations(query, references, shapes) * 2.0 - 1.0  # (B, H, n, levels, P, 2) in [-1, 1]
+        grid = self._locations(query, references) * 2.0 - 1.0  # (B, H, n, levels, P, 2) in [-1, 1]
         weights = self.attention_weights(query).view(-1, n, heads, self.levels * points).softmax(-1)
 
         sampled = []
@@ -74,12 +74,9 @@ class DeformableAttention(nn.Module):
         mixed = (values * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # (B*H, d, n)
         return self.output_proj(mixed.view(-1, query.shape[-1], n).transpose(1, 2))
 
-    def _locations(self, query: Tensor, references: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    def _locations(self, query: Tensor, references: Tensor) -> Tensor:
         """Sampling points (B, H, n, levels, P, 2) as fractions of the level, x then y."""
-        n = query.shape[1]
-        offsets = self.sampling_offsets(query).view(-1, n, self.heads, self.levels, self.points, 2).transpose(1, 2)
-        centre = references[:, None, :, :, None, :2]  # (B, 1, n, levels or 1, 1, 2)
-        if references.shape[-1] == 4:
-            return centre + offsets * (references[:, None, :, :, None, 2:] * (0.5 / self.points))
-        extent = offsets.new_tensor([(w, h) for h, w in shapes])[:, None]  # (levels, 1, 2)
-        return centre + offsets / extent
+        split = (-1, query.shape[1], self.heads, self.levels, self.points, 2)
+        offsets = self.sampling_offsets(query).view(split).transpose(1, 2)
+        boxes = references[:, None, :, :, None]  # (B, 1, n, levels or 1, 1, 4)
+        return boxes[..., :2] + offsets * (boxes[..., 2:] * (0.5 / self.points))

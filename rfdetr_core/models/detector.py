@@ -166,6 +166,7 @@ class RFDETR(nn.Module):
             memory,
             self.query_feat.weight[:active],
             self.refpoint_embed.weight[:active],
+            queries=config.num_queries,
             groups=groups,
             all_layers=with_aux,
         )
@@ -234,11 +235,11 @@ def prepare_for_export(model: RFDETR, height: int, width: int) -> ExportableDete
     table = embeddings.positions(grid).detach().clone()
     embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
     embeddings.table_grid = grid
-    return ExportableDetector(exported, (height, width))
+    return ExportableDetector(exported, (height, width)).eval()
 
 
 def _check(config: ModelConfig) -> None:
-    """Refuse what cannot be built, naming the field."""
+    """Refuse what the configuration may say and this module does not build."""
     unbuilt = {
         "segmentation_head": config.segmentation_head,
         "backbone_lora": config.backbone_lora,
@@ -247,15 +248,3 @@ def _check(config: ModelConfig) -> None:
     for field, wanted in unbuilt.items():
         if wanted:
             raise ConfigError(f"model.{field}: {getattr(config, field)} is not built yet", hint="leave it out")
-    depth = ENCODERS[config.encoder].depth
-    depths = config.out_feature_indexes
-    if not depths or min(depths) < 1 or max(depths) > depth or len(set(depths)) != len(depths):
-        raise ConfigError(f"model.out_feature_indexes: {list(depths)} must be different block counts from 1 to {depth}")
-    scales = config.projector_scale
-    if not scales or list(scales) != sorted(set(scales)):
-        raise ConfigError(f"model.projector_scale: {list(scales)} must be different scales in ascending order")
-    for field in ("sa_nheads", "ca_nheads"):
-        if config.hidden_dim % getattr(config, field):
-            raise ConfigError(f"model.{field}: {getattr(config, field)} must divide hidden_dim {config.hidden_dim}")
-    if config.hidden_dim % 4:
-        raise ConfigError(f"model.hidden_dim: {config.hidden_dim} must be a multiple of 4")

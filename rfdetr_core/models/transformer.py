@@ -47,15 +47,16 @@ def anchors(memory: Memory) -> tuple[Tensor, Tensor]:
     device = memory.tokens.device
     boxes, start = [], 0
     for level, (h, w) in enumerate(memory.shapes):
-        extent = torch.tensor([w, h], dtype=torch.float32, device=device)
-        if memory.mask is not None:
-            cells = ~memory.mask[:, start : start + h * w].view(-1, h, w)
-            extent = torch.stack([cells[:, 0].sum(-1), cells[:, :, 0].sum(-1)], dim=-1).float()[:, None, None]
-        y = torch.arange(h, dtype=torch.float32, device=device)
-        x = torch.arange(w, dtype=torch.float32, device=device)
-        centres = (torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1) + 0.5) / extent  # (B or 1, h, w, 2)
-        sides = torch.full_like(centres, _ANCHOR_SIDE * 2.0**level)
-        boxes.append(torch.cat([centres, sides], dim=-1).reshape(-1, h * w, 4))
+        y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5)[None]
+        x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5)[None]
+        if memory.mask is None:
+            y, x = y / h, x / w
+        else:
+            valid = ~memory.mask[:, start : start + h * w].view(-1, h, w)
+            y, x = y / valid[:, :, 0].sum(1, keepdim=True), x / valid[:, 0].sum(1, keepdim=True)
+        cx, cy = x[:, None].expand(-1, h, -1), y[:, :, None].expand(-1, -1, w)  # (B or 1, h, w)
+        side = torch.full_like(cx, _ANCHOR_SIDE * 2.0**level)
+        boxes.append(torch.stack([cx, cy, side, side], dim=-1).flatten(1, 2))
         start += h * w
     flat = torch.cat(boxes, dim=1)
     usable = ((flat > _EDGE) & (flat < 1.0 - _EDGE)).all(-1)
@@ -67,6 +68,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, num_logits: int, groups: int, decoder: Decoder, *, two_stage: bool) -> None:
         super().__init__()
+        self.width = width
         self.decoder = decoder
         self.two_stage = two_stage
         self.bbox_reparam = decoder.bbox_reparam
@@ -77,7 +79,7 @@ class Transformer(nn.Module):
             self.enc_out_class_embed = nn.ModuleList(nn.Linear(width, num_logits) for _ in range(groups))
 
     def forward(
-        self, memory: Memory, content: Tensor, reference_table: Tensor, *, groups: int, all_layers: bool
+        self, memory: Memory, content: Tensor, reference_table: Tensor, *, queries: int, groups: int, all_layers: bool
     ) -> tuple[list[Tensor], list[Tensor], Selection | None]:
         """Decode with the learned tables of the active groups: content (G*Q, D) and references (G*Q, 4).
 
@@ -87,19 +89,20 @@ class Transformer(nn.Module):
         references = reference_table.expand(batch, -1, -1)
         selection = None
         if self.two_stage:
-            selection = self.select(memory, groups, content.shape[0] // groups)
-            proposed, learned = selection.boxes.detach(), references[:, : selection.boxes.shape[1]]
+            selected = min(queries, sum(h * w for h, w in memory.shapes))
+            selection = self.select(memory, groups, selected)
+            proposed, learned = selection.boxes.detach(), references[:, : groups * selected]
             moved = refine(learned, proposed) if self.bbox_reparam else learned + proposed
             # With fewer tokens than queries the last rows keep the learned values (spec 4.3).
-            few = moved.shape[1] < references.shape[1]
-            references = torch.cat([moved, references[:, moved.shape[1] :]], dim=1) if few else moved
+            few = selected < queries
+            references = torch.cat([moved, references[:, groups * selected :]], dim=1) if few else moved
         hidden, bases = self.decoder(
             content.expand(batch, -1, -1), references, memory, groups=groups, all_layers=all_layers
         )
         return hidden, bases, selection
 
-    def select(self, memory: Memory, groups: int, queries: int) -> Selection:
-        """The best min(queries, N) tokens of each group, by their highest class logit (spec 4.2).
+    def select(self, memory: Memory, groups: int, k: int) -> Selection:
+        """The best k tokens of each group, by their highest class logit (spec 4.2).
 
         All tokens are scored without gradient; only the chosen ones run through the heads with gradient,
         which is the same gradient at a fraction of the cost.
@@ -110,14 +113,14 @@ class Transformer(nn.Module):
             tokens = tokens.masked_fill(~usable[..., None], 0.0)
         heads = _GroupHeads(self, groups)
         scores = heads.scores(tokens)  # (G, B, N)
-        indices = scores.topk(min(queries, tokens.shape[1]), dim=-1).indices  # (G, B, k)
+        indices = scores.topk(k, dim=-1).indices  # (G, B, k)
 
-        batch, count, width = tokens.shape
+        batch, count = tokens.shape[:2]
         first_rows = torch.arange(batch, device=tokens.device)[:, None] * count
-        chosen = F.embedding((indices + first_rows).flatten(1), tokens.reshape(-1, width))  # (G, B*k, D)
-        logits, deltas = heads.predict(chosen)
+        rows = (indices + first_rows).flatten(1)  # (G, B*k) into the tokens of the whole batch
+        logits, deltas = heads.predict(F.embedding(rows, tokens.flatten(0, 1)))
         proposals = self._proposals(boxes, usable).to(tokens.dtype).expand(batch, -1, -1)
-        picked = proposals[torch.arange(batch, device=tokens.device)[:, None], indices].flatten(1, 2)  # (G, B*k, 4)
+        picked = F.embedding(rows, proposals.reshape(-1, 4))  # (G, B*k, 4)
         out = refine(deltas, picked) if self.bbox_reparam else deltas + picked
         return Selection(_queries_last(logits, batch), _queries_last(out, batch), indices)
 
@@ -131,6 +134,7 @@ class _GroupHeads:
     """The two-stage heads of the first `groups` groups, stacked: all groups in one batched product."""
 
     def __init__(self, transformer: Transformer, groups: int) -> None:
+        self.width = transformer.width
         self.output = _stack(transformer.enc_output[:groups])
         self.norm = _stack(transformer.enc_output_norm[:groups])
         self.classes = _stack(transformer.enc_out_class_embed[:groups])
@@ -141,16 +145,16 @@ class _GroupHeads:
     def scores(self, tokens: Tensor) -> Tensor:
         """Highest class logit of each token (B, N, D) per group: (G, B, N)."""
         weight, bias = self.output
-        batch, count, width = tokens.shape
-        z = F.linear(tokens.reshape(-1, width), weight.flatten(0, 1), bias.flatten()).view(-1, *bias.shape)
+        batch, count = tokens.shape[:2]
+        z = F.linear(tokens.flatten(0, 1), weight.flatten(0, 1), bias.flatten()).view(-1, *bias.shape)
         gamma, beta = self.norm
-        z = torch.addcmul(beta, F.layer_norm(z, (width,), eps=_NORM_EPS), gamma)  # (B*N, G, D)
+        z = torch.addcmul(beta, F.layer_norm(z, (self.width,), eps=_NORM_EPS), gamma)  # (B*N, G, D)
         return _linear(z.transpose(0, 1), self.classes).amax(-1).view(-1, batch, count)
 
     def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (G, M, C) and box deltas (G, M, 4) of chosen tokens (G, M, D)."""
         gamma, beta = self.norm
-        z = F.layer_norm(_linear(tokens, self.output), (tokens.shape[-1],), eps=_NORM_EPS)
+        z = F.layer_norm(_linear(tokens, self.output), (self.width,), eps=_NORM_EPS)
         z = torch.addcmul(beta[:, None], z, gamma[:, None])
         deltas = z
         for layer in self.boxes[:-1]:
