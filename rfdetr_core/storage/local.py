@@ -118,8 +118,7 @@ class LocalLocation(Location):
         root = os.path.realpath(self.path)
         for name in names:
             path = (self / name).path
-            parent = os.path.realpath(path.parent)
-            if parent != root and not parent.startswith(root.rstrip("/") + "/"):
+            if not _is_inside(str(path.parent), root):
                 raise StorageAccessError(
                     f"cannot delete {path}: a symbolic link leads out of {self.uri}", hint="remove the link"
                 )
@@ -147,7 +146,7 @@ class LocalLocation(Location):
                     name = prefix + entry.name
                     if entry.name.startswith(RESERVED):
                         continue
-                    if entry.is_symlink() and not os.path.realpath(entry.path).startswith(root.rstrip("/") + "/"):
+                    if entry.is_symlink() and not _is_inside(entry.path, root):
                         raise _unusable(entry.path, f"a symbolic link leads out of {self.uri}")
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(name + "/")
@@ -157,6 +156,12 @@ class LocalLocation(Location):
                     elif not entry.is_dir():
                         # A link to a folder inside the tree adds nothing: its files are listed once already.
                         raise _unusable(entry.path, "neither a file nor a folder, or a broken link")
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Whether `path`, with its links followed, is the real path `root` or lies below it."""
+    real = os.path.realpath(path)
+    return real == root or real.startswith(root.rstrip("/") + "/")
 
 
 def _unusable(path: str, why: str) -> StorageAccessError:
