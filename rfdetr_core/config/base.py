@@ -48,11 +48,15 @@ def whole_number(value: Any) -> Any:
     """Accept 3.0 for 3: KFP turns integers inside lists and dicts into floats. Refuse text and booleans."""
     if isinstance(value, bool):
         raise broken_rule("whole_number", "must be a whole number, not a boolean")
-    if not isinstance(value, Real) or not (isinstance(value, Integral) or float(value).is_integer()):
+    whole = isinstance(value, Integral) or (
+        isinstance(value, Real) and math.isfinite(value) and value == math.floor(value)
+    )
+    if not whole:
         raise broken_rule("whole_number", "must be a whole number")
-    if abs(value) >= 2**63:
+    number = int(value)
+    if abs(number) >= 2**63:
         raise broken_rule("whole_number", "must be a whole number of at most 64 bits")
-    return int(value)
+    return number
 
 
 def _number(value: Any) -> Any:

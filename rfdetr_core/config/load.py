@@ -47,8 +47,10 @@ def parse_run_config(
         raise ConfigError(f"{redact(source)}: is empty", hint="give at least name and dataset.uri")
     if not isinstance(values, dict):
         raise ConfigError(f"{redact(source)}: must be a mapping (name, dataset, model, train, …), not {_kind(values)}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ConfigError(f"overrides: must be a mapping, not {_kind(overrides)}")
     if overrides:
-        _check_overrides(overrides)
+        _check_overrides(overrides, "overrides")
         values = merge(_without_superseded(values, overrides), overrides)
         source += " with overrides"
     return RunConfig.parse(_with_absolute_paths(values), source=source)
@@ -58,9 +60,9 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """A new mapping: mappings are merged key by key, everything else (lists, null) is replaced."""
     merged = dict(copy.deepcopy(base))
     for key, value in overrides.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[key] = merge(below, value)
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged
@@ -130,7 +132,7 @@ def dump_yaml(config: RunConfig) -> str:
     return "".join(f"# {line}\n" for line in lines) + write_yaml(config.as_dict())
 
 
-def _check_overrides(value: Any, path: str = "overrides", depth: int = 0) -> None:
+def _check_overrides(value: Any, path: str, depth: int = 0) -> None:
     if depth > DEEPEST:
         raise ConfigError(f"overrides: nested deeper than {DEEPEST}")
     if isinstance(value, Mapping):
@@ -138,8 +140,6 @@ def _check_overrides(value: Any, path: str = "overrides", depth: int = 0) -> Non
             if not isinstance(key, str):
                 raise ConfigError(f"{path}: the key {show(key)} must be text")
             _check_overrides(below, f"{path}.{key}", depth + 1)
-    elif path == "overrides":
-        raise ConfigError(f"overrides: must be a mapping, not {_kind(value)}")
     elif isinstance(value, list):
         for below in value:
             _check_overrides(below, f"{path}[]", depth + 1)
@@ -153,27 +153,27 @@ def _without_superseded(values: dict[str, Any], overrides: Mapping[str, Any]) ->
     """
     model, train = _mapping(values.get("model")), _mapping(values.get("train"))
     new_model, new_train = _mapping(overrides.get("model")), _mapping(overrides.get("train"))
-    old = model.get("variant") or "nano"
     gone = set()
-    if new_model.get("variant", old) != old:
-        gone = {k for k, value in VARIANTS.get(str(old), {}).items() if model.get(k) == _as_read(value)}
     if {"variant", "resolution", "patch_size", "num_windows"} & set(new_model) or "resolution" in new_train:
         gone |= _derived_positions(model)
         asked = model.pop("requested_resolution", None)
         if asked is not None:
             model["resolution"] = asked
+    old = model.get("variant") or "nano"
+    if new_model.get("variant", old) != old:
+        gone |= {k for k, value in VARIANTS.get(str(old), {}).items() if model.get(k) == _as_read(value)}
     for name in (*MOVED_TO_MODEL, "resolution"):
         if new_train.get(name) is not None:
             gone.add(name)
         if new_model.get(name) is not None:
             train.pop(name, None)
-    kept = {name: value for name, value in model.items() if name not in gone}
-    return values | ({"model": kept} if model else {}) | ({"train": train} if train else {})
+    kept = {"model": {name: value for name, value in model.items() if name not in gone}, "train": train}
+    return {name: kept.get(name, value) if isinstance(value, dict) else value for name, value in values.items()}
 
 
 def _kind(value: object) -> str:
     # Never the text itself: a wrong file may be one of secrets.
-    return {list: "a list", str: "text"}.get(type(value), "a single value")
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else "a single value"
 
 
 def _mapping(value: Any) -> dict[str, Any]:

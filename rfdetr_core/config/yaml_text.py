@@ -100,8 +100,14 @@ class _Writer(yaml.SafeDumper):
     def represent_list(self, data: Any) -> yaml.SequenceNode:
         return self.represent_sequence(_TAG + "seq", data, flow_style=True)
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # In single quotes PyYAML writes these line breaks as they are, and reads them back as spaces.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar(_TAG + "str", data, style=style)
+
 
 _Writer.add_representer(list, _Writer.represent_list)
+_Writer.add_representer(str, _Writer.represent_str)
 _Writer.add_implicit_resolver(_TAG + "int", re.compile(f"(?:{_INT.pattern})$"), None)
 _Writer.add_implicit_resolver(_TAG + "float", re.compile(f"(?:{_FLOAT.pattern})$"), None)
 
