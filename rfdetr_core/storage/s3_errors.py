@@ -75,7 +75,7 @@ def s3_errors(action: str, uri: str, bucket: str, endpoint: str) -> Iterator[Non
 
 def error_code(error: ClientError) -> str:
     """The code of an S3 error answer; of a HEAD, which has no body, the status as text."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return str(error.response.get("Error", {}).get("Code") or "")
 
 
 def http_status(error: ClientError) -> int:
@@ -94,8 +94,13 @@ def _answered(error: ClientError, what: str, bucket: str, endpoint: str) -> RFDE
     if code in _REFUSED:
         cause, hint = _REFUSED[code]
         return StorageAccessError(f"{what}: {cause} ({code} at {endpoint})", hint=hint)
+    if status >= 500 and (not code or code.isdigit()):
+        return StorageUnavailableError(
+            f"{what}: {endpoint} does not answer like an S3 store (status {status})",
+            hint="check AWS_ENDPOINT_URL, and what stands before the store",
+        )
     if code in _BUSY or status >= 500 or status in (408, 429):
-        return StorageUnavailableError(f"{what}: {endpoint} is overloaded or failing ({code or status})", hint=_AGAIN)
+        return StorageUnavailableError(f"{what}: {endpoint} is overloaded or failing ({code})", hint=_AGAIN)
     if status in (401, 403):
         return StorageAccessError(
             f"{what}: access denied ({code} at {endpoint})",
