@@ -8,7 +8,8 @@
     │   ├── StorageAccessError            credentials, missing bucket, full or read-only disk
     │   │   └── MissingObjectError            no file of that name
     │   ├── PublicationError              a published folder that is absent, torn or altered
-    │   ├── TrainingError                 non-finite loss, out of memory at the given batch
+    │   ├── TrainingError                 training cannot go on: a loss that is not finite, ...
+    │   │   └── DeviceMemoryError            ... or out of memory at the given batch
     │   └── ExportError                   the exported model differs from the trained one
     ├── TransientError                75  worth a retry
     │   ├── StorageUnavailableError       network, 5xx, throttling
@@ -76,6 +77,10 @@ class PublicationError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on with these settings."""
+
+
+class DeviceMemoryError(TrainingError):
+    """A training step does not fit into the device's memory."""
 
 
 class ExportError(UserError):

@@ -109,9 +109,7 @@ class AnnotationTable:
             }
             for row, (x1, y1, x2, y2) in enumerate(self.boxes)
         ]
-        categories = [
-            {"id": class_map.category_id(label), "name": name} for label, name in enumerate(class_map.names)
-        ]
+        categories = [{"id": class_map.category_id(label), "name": name} for label, name in enumerate(class_map.names)]
         return {"images": images, "annotations": annotations, "categories": categories}
 
     @classmethod

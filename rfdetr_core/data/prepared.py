@@ -17,6 +17,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def split_statistics(table: AnnotationTable, class_map: ClassMap) -> dict[str, A
 
 def _histogram(values: np.ndarray[Any, Any], edges: list[int]) -> dict[str, int]:
     counts = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges))
-    labels = [f"{low}-{high}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]}+"]
+    labels = [f"{low}-{high}" for low, high in pairwise(edges)] + [f"{edges[-1]}+"]
     return {label: int(n) for label, n in zip(labels, counts, strict=True)}
 
 
@@ -153,9 +154,7 @@ def _write_images(
         if progress is not None:
             progress(1)
     writer.close()
-    return AnnotationTable(
-        table.file_names, widths, heights, table.offsets, boxes, table.labels, areas, table.crowd
-    )
+    return AnnotationTable(table.file_names, widths, heights, table.offsets, boxes, table.labels, areas, table.crowd)
 
 
 def _reduce(data: bytes, file: ImageFile, short_side: int) -> tuple[bytes, tuple[int, int]]:

@@ -69,9 +69,7 @@ def _write_split(folder: Path, split: str, count: int, size: int, max_objects: i
             )
     # The parent category without annotations is what Roboflow's exports look like; readers must drop it.
     categories = [{"id": 0, "name": "shapes", "supercategory": "none"}]
-    categories += [
-        {"id": i + 1, "name": name, "supercategory": "shapes"} for i, name in enumerate(CLASS_NAMES)
-    ]
+    categories += [{"id": i + 1, "name": name, "supercategory": "shapes"} for i, name in enumerate(CLASS_NAMES)]
     document = {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
 
@@ -106,4 +104,5 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray[An
     patches = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     smooth = np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     noisy = smooth + 12 * rng.standard_normal((height, width, 1), dtype=np.float32)
-    return np.clip(noisy, 0, 255).astype(np.uint8)
+    texture: np.ndarray[Any, np.dtype[np.uint8]] = np.clip(noisy, 0, 255).astype(np.uint8)
+    return texture

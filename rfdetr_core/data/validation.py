@@ -173,9 +173,7 @@ def _check_ids(source: SourceSplit, report: Report) -> None:
     )
 
 
-def _check_classes(
-    source: SourceSplit, class_map: ClassMap, train: tuple[SourceCategory, ...], report: Report
-) -> None:
+def _check_classes(source: SourceSplit, class_map: ClassMap, train: tuple[SourceCategory, ...], report: Report) -> None:
     known = np.isin(source.annotation_categories, class_map.source_ids)
     report.add(
         "unknown-category",
@@ -255,9 +253,7 @@ def _check_unlisted(source: SourceSplit, report: Report) -> None:
     )
 
 
-def _to_table(
-    source: SourceSplit, class_map: ClassMap, files: list[ImageFile | None], report: Report
-) -> ValidSplit:
+def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | None], report: Report) -> ValidSplit:
     """Clip the boxes, drop the empty ones, and sort: images by source id, boxes by annotation id."""
     order = np.argsort(source.image_ids, kind="stable")
     sorted_files = [file for i in order if (file := files[i]) is not None]  # errors stopped us before, else

@@ -132,7 +132,8 @@ class Location(ABC):
     def write_if(self, data: bytes, version: str | None) -> str:
         """Replace the file if it still is `version` (None: if there is none); returns the new version.
 
-        Of several writers with the same `version` exactly one succeeds, if `conditional_writes_work()`.
+        Of several writers with the same `version` exactly one succeeds, if `conditional_writes_work()`. Equal
+        contents are one version (so it is in S3): write something that no other writer writes.
 
         Raises:
             VersionConflict: the file is another one by now.

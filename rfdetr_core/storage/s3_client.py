@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rfdetr_core.errors import ConfigError, StorageAccessError
+from rfdetr_core.storage.s3_errors import credentials_error
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -125,6 +126,8 @@ def _connect() -> S3Session:
             hint="correct AWS_PROFILE or ~/.aws/config",
         ) from None
     except (BotoCoreError, ValueError) as error:
+        if (credentials := credentials_error(error, "cannot use S3")) is not None:
+            raise credentials from None
         raise ConfigError(
             f"the S3 settings cannot be used ({type(error).__name__})",
             hint="check AWS_ENDPOINT_URL (for example http://minio:9000), AWS_REGION and ~/.aws/config",

@@ -109,10 +109,10 @@ def _answered(error: ClientError, what: str, bucket: str, endpoint: str) -> RFDE
     return StorageAccessError(f"{what}: refused with {code or status} at {endpoint}", hint="check the URI and settings")
 
 
-def _no_answer(error: BaseException, what: str, endpoint: str) -> RFDETRError:
+def credentials_error(error: BaseException, what: str) -> RFDETRError | None:
+    """The error to raise if botocore failed to find or fetch credentials."""
     from botocore import exceptions as boto
 
-    text = str(error)
     if isinstance(error, boto.NoCredentialsError):
         return StorageAccessError(f"{what}: no AWS credentials found", hint=_NO_CREDENTIALS)
     if isinstance(error, boto.PartialCredentialsError):
@@ -123,8 +123,18 @@ def _no_answer(error: BaseException, what: str, endpoint: str) -> RFDETRError:
         if provider in ("iam-role", "container-role"):
             return StorageUnavailableError(cause, hint="the metadata service does not answer: try again")
         return StorageAccessError(cause, hint="log in again, or check ~/.aws/config")
-    if isinstance(error, (boto.SSOError, boto.LoginError, boto.TokenRetrievalError, boto.NoAuthTokenError)):
+    login = getattr(boto, "LoginError", boto.SSOError)  # `aws login` is younger than boto3 1.40
+    if isinstance(error, (boto.SSOError, login, boto.TokenRetrievalError, boto.NoAuthTokenError)):
         return StorageAccessError(f"{what}: the AWS login is missing or has expired", hint="log in again")
+    return None
+
+
+def _no_answer(error: BaseException, what: str, endpoint: str) -> RFDETRError:
+    from botocore import exceptions as boto
+
+    text = str(error)
+    if (credentials := credentials_error(error, what)) is not None:
+        return credentials
     if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
         return StorageAccessError(
             f"{what}: the certificate of {endpoint} is not trusted",

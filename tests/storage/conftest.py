@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moto import mock_aws
+from moto.core.botocore_stubber import BotocoreStubber
 
 from rfdetr_core.storage import Location, location
 from rfdetr_core.storage.s3_client import s3_session
@@ -22,9 +25,17 @@ MOTO_BUCKET = "moto-tests"
 def moto_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
     """A fresh bucket in moto, which honours conditional writes (rclone does not) and checks no credentials.
 
-    It answers inside botocore, where requests would be sent, so it stands for Amazon's own endpoint.
+    It answers inside botocore, where requests would be sent, so it stands for Amazon's own endpoint. One
+    request at a time: by itself it checks a condition and then writes, and another thread comes between.
     """
     clean_aws_environment(monkeypatch)
+    lock, handle = threading.RLock(), BotocoreStubber.__call__
+
+    def handle_alone(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return handle(*args, **kwargs)
+
+    monkeypatch.setattr(BotocoreStubber, "__call__", handle_alone)
     with mock_aws():
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         s3_session().client.create_bucket(Bucket=MOTO_BUCKET)

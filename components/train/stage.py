@@ -1,0 +1,87 @@
+"""train: fine-tune the detector on the prepared dataset; continue where an interrupted attempt stopped.
+
+Checkpoints lie at <run>/train/checkpoints/ while training goes on, uploaded by a background thread, so that a
+lost pod costs at most `train.checkpoint_minutes` or one epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from components.runtime import Stage, StageContext, run_stage
+from components.train.uploader import Uploader
+from rfdetr_core.publication import unpublish
+from rfdetr_core.storage import Location
+
+STAGE = Stage(
+    name="train",
+    folder="train",
+    summary="Train the detector, or continue its training.",
+    reads=("model", "train"),
+    after=("dataset", "probe"),
+)
+CHECKPOINTS = "checkpoints"
+
+log = logging.getLogger("stage.train")
+
+
+def body(context: StageContext) -> None:
+    """Write checkpoints/, metrics.jsonl, metrics.csv and result.json."""
+    from rfdetr_core.data.prepared import PreparedDataset
+    from rfdetr_core.training.loop import TrainingJob, train
+
+    remote, local = context.target() / CHECKPOINTS, context.work / CHECKPOINTS
+    _fetch_checkpoints(context, remote, local)
+    dataset = PreparedDataset(context.prepared_dataset())
+    probe = context.read_result("probe", "probe.json")
+    job = TrainingJob(
+        model=context.detector(len(dataset.class_map)),
+        train=context.config.train,
+        dataset=dataset,
+        checkpoints=local,
+        output=context.output,
+        batch_size=probe["batch_size"],
+        grad_accum_steps=probe["grad_accum_steps"],
+        inputs=context.inputs,
+    )
+    context.stop.deferred = True  # SIGTERM: finish the optimizer step, leave a checkpoint, then end
+    with Uploader(remote) as uploader:
+        result = train(job, publish=uploader.upload, stop_requested=lambda: context.stop.requested)
+    context.stop.deferred = False
+    context.uploaded = {f"{CHECKPOINTS}/{name}": digest for name, digest in uploader.uploaded.items()}
+    context.facts |= {"best": result.best_score, "best_source": result.best_source, "epochs": result.epochs}
+    (context.output / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+def _fetch_checkpoints(context: StageContext, remote: Location, local: Path) -> None:
+    """Take over what an interrupted attempt left, if it trained the same; remove it otherwise."""
+    from rfdetr_core.training import checkpoint
+
+    local.mkdir()
+    if not remote.list_files():
+        return
+    if not context.force and (remote / checkpoint.LATEST).exists():
+        remote.download_tree(local)
+        if checkpoint.load(local / checkpoint.LATEST).get("inputs") == context.inputs:
+            log.info("found the checkpoints of an interrupted attempt")
+            return
+        log.info("the checkpoints found are of another configuration or dataset: training starts anew")
+    unpublish(context.target())
+    remote.delete_tree()
+    shutil.rmtree(local)
+    local.mkdir()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_stage(STAGE, body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""validate_dataset: resolve the configuration, check the dataset, publish it in the prepared form.
+
+Slim: no torch. The prepared dataset goes to <root>/datasets/<digest>/ once and is shared by all runs; the run's
+own folder holds where it lies, and the report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.runtime import Stage, StageContext, run_stage
+from rfdetr_core.config import RunConfig
+from rfdetr_core.data.formats.coco import read_coco_folder
+from rfdetr_core.data.prepared import PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.report import report_html, report_json
+from rfdetr_core.data.scales import training_scales
+from rfdetr_core.data.splitting import fill_missing_splits
+from rfdetr_core.data.validation import Report, ValidSplit, validate
+from rfdetr_core.errors import DatasetError
+from rfdetr_core.publication import publish, read_manifest
+from rfdetr_core.storage import location
+
+STAGE = Stage(
+    name="validate_dataset",
+    folder="dataset",
+    summary="Check a dataset and publish it in the prepared form.",
+    reads=(
+        "dataset",
+        "model.resolution",
+        "model.patch_size",
+        "model.num_windows",
+        "train.multi_scale",
+        "train.expanded_scales",
+    ),
+    resolves_config=True,
+)
+SMALLEST_SHORT_SIDE = 600  # px: what the random crop of training works on at most (training spec 3.3)
+
+log = logging.getLogger("stage.validate_dataset")
+
+
+def body(context: StageContext) -> None:
+    """Write dataset.json, report.json and report.html; publish the prepared dataset if it is new."""
+    config, report = context.config, Report()
+    source = _source_folder(context)
+    try:
+        class_map, splits = validate(read_coco_folder(source), report)
+        splits = fill_missing_splits(splits, report)
+    except DatasetError:
+        _write_report(context.output, config, report, None)
+        context.target().upload_tree(context.output, progress=False)  # for people; unpublished, so no stage reads it
+        raise
+    for finding in report.findings.values():
+        log.log(
+            logging.WARNING if finding.severity == "warning" else logging.INFO,
+            "%s: %s (%d, first: %s)",
+            finding.severity,
+            finding.message,
+            finding.count,
+            finding.rows[0],
+        )
+
+    options = prepare_options(config)
+    digest = dataset_digest(class_map, splits, options)
+    place = f"datasets/{digest}"
+    if read_manifest(context.root / place) is not None:
+        log.info("this dataset is prepared already: %s", place)
+        document = (context.root / place / "dataset.json").read_json()
+    else:
+        prepared = context.work / "prepared"
+        document = write_prepared(prepared, class_map, splits, options, source=config.dataset.uri)
+        publish(prepared, context.root / place, inputs=digest)
+    _tell(splits, class_map.names)
+    context.facts |= {"dataset_digest": digest}
+    (context.output / "dataset.json").write_text(json.dumps({**document, "location": place}, indent=2) + "\n")
+    _write_report(context.output, config, report, document)
+
+
+def prepare_options(config: RunConfig) -> PrepareOptions:
+    """Train images are reduced to what training can use at most (DESIGN section 5)."""
+    if not config.dataset.reduce:
+        return PrepareOptions(train_short_side=None)
+    scales = training_scales(
+        config.model.resolution,
+        config.model.block,
+        multi_scale=config.train.multi_scale != "off",
+        expanded=config.train.expanded_scales,
+    )
+    return PrepareOptions(train_short_side=max(*scales, SMALLEST_SHORT_SIDE))
+
+
+def _source_folder(context: StageContext) -> Path:
+    """The dataset as a local folder; an S3 prefix is copied to the scratch folder."""
+    source = location(context.config.dataset.uri)
+    if source.local_path is not None:
+        return source.local_path
+    source.download_tree(context.work / "source")
+    return context.work / "source"
+
+
+def _write_report(folder: Path, config: RunConfig, report: Report, document: dict[str, Any] | None) -> None:
+    uri = config.dataset.uri
+    (folder / "report.json").write_text(json.dumps(report_json(uri, report, document), indent=2) + "\n")
+    (folder / "report.html").write_text(report_html(uri, report, document))
+
+
+def _tell(splits: dict[str, ValidSplit], names: tuple[str, ...]) -> None:
+    counts = ", ".join(f"{split} {len(s.table)} images / {len(s.table.boxes)} boxes" for split, s in splits.items())
+    log.info("%d classes (%s); %s", len(names), ", ".join(names[:8]) + ("…" if len(names) > 8 else ""), counts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_stage(STAGE, body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

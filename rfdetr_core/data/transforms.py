@@ -1,0 +1,90 @@
+"""From an image and its boxes to what the network sees: one resampling, uint8 until the device.
+
+Evaluation, prediction, parity and the ONNX example share one pre-processing (DESIGN section 5): RGB, upright,
+Pillow bilinear (antialiased) to the square, /255, mean and std. Training adds random crop and flip.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# Random resize-crop of the published recipe (training spec 3.3): the shorter side becomes one of these ...
+CROP_SHORT_SIDES = (400, 500, 600)
+# ... and a square of 384 to 600 px is cut from that.
+CROP_MIN, CROP_MAX = 384, 600
+
+
+class View(NamedTuple):
+    """The part of an image that training looks at: a window in pixels, and whether it is mirrored."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    flip: bool
+
+
+def to_square(image: Image.Image, side: int, view: View | None = None) -> NDArray[np.uint8]:
+    """Resample a window of the image (all of it by default) to (side, side, 3) uint8."""
+    window = None if view is None else (view.left, view.top, view.left + view.width, view.top + view.height)
+    resized = image.resize((side, side), Image.Resampling.BILINEAR, box=window)
+    if view is not None and view.flip:
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(resized)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) to the network's float32 input: /255, then ImageNet's mean and std."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return images.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+def preprocess(image: Image.Image, resolution: int) -> Tensor:
+    """The one pre-processing: an upright RGB image to the network's input (1, 3, R, R)."""
+    pixels = torch.from_numpy(to_square(image, resolution).copy())
+    return normalise(pixels.permute(2, 0, 1)[None])
+
+
+def draw_view(rng: np.random.Generator, width: int, height: int, *, scale_jitter: bool, flip: bool) -> View:
+    """Draw the training view of an image of width x height pixels (training spec 3.3).
+
+    With `scale_jitter`, half of the views are a random square crop; with `flip`, half are mirrored.
+    """
+    mirrored = bool(flip and rng.random() < 0.5)
+    if not scale_jitter or rng.random() < 0.5:
+        return View(0.0, 0.0, float(width), float(height), mirrored)
+    # The published recipe resizes the shorter side first and then crops in that frame; crop and resize compose
+    # to one window of the source, so the image is resampled once.
+    scale = int(rng.choice(CROP_SHORT_SIDES)) / min(width, height)
+    scaled_width, scaled_height = round(width * scale), round(height * scale)
+    largest = min(CROP_MAX, scaled_width, scaled_height)
+    side = int(rng.integers(min(CROP_MIN, largest), largest + 1))
+    left = int(rng.integers(scaled_width - side + 1))
+    top = int(rng.integers(scaled_height - side + 1))
+    x_scale, y_scale = width / scaled_width, height / scaled_height
+    return View(left * x_scale, top * y_scale, side * x_scale, side * y_scale, mirrored)
+
+
+def view_boxes(boxes: NDArray[np.float64], view: View) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Boxes x1, y1, x2, y2 in source pixels to cx, cy, w, h in [0, 1] of the view.
+
+    Returns the boxes (M, 4) that are not empty after clipping to the view, and their rows in the input.
+    """
+    unit = (boxes - [view.left, view.top] * 2) / ([view.width, view.height] * 2)
+    unit = np.clip(unit, 0.0, 1.0)
+    kept = np.flatnonzero((unit[:, 2] > unit[:, 0]) & (unit[:, 3] > unit[:, 1]))
+    x1, y1, x2, y2 = unit[kept].T
+    if view.flip:
+        x1, x2 = 1.0 - x2, 1.0 - x1
+    centres = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
+    return centres.astype(np.float32), kept

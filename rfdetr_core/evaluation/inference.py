@@ -1,0 +1,61 @@
+"""Runs a detector over a split and collects detections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rfdetr_core.data.annotations import AnnotationTable
+from rfdetr_core.data.loading import Batch
+from rfdetr_core.evaluation.metrics import Detections
+from rfdetr_core.models.postprocess import postprocess
+
+Outputs = dict[str, Tensor]
+
+
+@torch.inference_mode()
+def predict_split(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    table: AnnotationTable,
+    *,
+    num_select: int,
+    num_classes: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Detections:
+    """Detections of every image of a split, in the table's order.
+
+    The model is used in the mode it is in. Top-k runs over all columns of the head; detections of the spare
+    last column are dropped afterwards (DESIGN section 5).
+
+    Args:
+        autocast: run the forward pass in this precision; boxes and scores are float32 all the same.
+    """
+    parts = []
+    for batch in batches:
+        pixels, _ = batch.on(device)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            outputs = model(pixels)
+        images = np.array(batch.images, dtype=np.int64)
+        parts.append(_detections(outputs, images, table, num_select, num_classes))
+    return Detections.concatenate(parts)
+
+
+def _detections(
+    outputs: Outputs, images: np.ndarray, table: AnnotationTable, num_select: int, num_classes: int
+) -> Detections:
+    logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
+    sizes = torch.from_numpy(np.stack([table.heights[images], table.widths[images]], axis=1)).to(logits.device)
+    results = postprocess(logits, boxes, sizes, num_select)
+    labels = np.concatenate([r["labels"].cpu().numpy() for r in results])
+    kept = labels < num_classes
+    return Detections(
+        images=np.repeat(images, [len(r["labels"]) for r in results])[kept],
+        labels=labels[kept],
+        scores=np.concatenate([r["scores"].cpu().numpy() for r in results]).astype(np.float64)[kept],
+        boxes=np.concatenate([r["boxes"].cpu().numpy() for r in results]).astype(np.float64)[kept],
+    )

@@ -1,0 +1,64 @@
+"""ONNX export with everything a consumer needs in the file's metadata (model spec section 10)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch.jit._trace import TracerWarning
+
+from rfdetr_core import __version__
+from rfdetr_core.data.transforms import MEAN, STD
+from rfdetr_core.models.detector import prepare_for_export
+from rfdetr_core.models.weights import TrainedModel
+
+INPUT, OUTPUTS = "input", ("dets", "labels")
+
+
+def export_onnx(trained: TrainedModel, path: Path, *, opset: int, dynamic_batch: bool) -> None:
+    """Write the detector as ONNX.
+
+    Input `input` (B, 3, R, R) float32, normalised RGB; outputs `dets` (B, Q, 4) cx, cy, w, h in [0, 1] and
+    `labels` (B, Q, C + 1) raw logits. B is 1, or open with `dynamic_batch`. The file passes onnx's checker.
+    """
+    side = trained.config.resolution
+    module = prepare_for_export(trained.module.cpu(), side, side)
+    example = torch.zeros((1, 3, side, side))
+    axes = {name: {0: "batch"} for name in (INPUT, *OUTPUTS)} if dynamic_batch else None
+    with torch.no_grad(), warnings.catch_warnings():
+        # The tracer warns of every Python number that it fixes (level shapes, by intent) and of its own age.
+        warnings.simplefilter("ignore", TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            module,
+            (example,),
+            str(path),
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_axes=axes,
+            opset_version=opset,
+            dynamo=False,
+        )
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model, full_check=True)
+    for key, value in _metadata(trained).items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(model, str(path))
+
+
+def _metadata(trained: TrainedModel) -> dict[str, str]:
+    return {
+        "class_names": json.dumps(list(trained.class_names)),
+        "resolution": str(trained.config.resolution),
+        "mean": json.dumps(MEAN),
+        "std": json.dumps(STD),
+        "resize": "Pillow bilinear with antialias to the square, aspect not kept; RGB, EXIF orientation applied",
+        "num_select": str(trained.config.num_select),
+        "variant": trained.config.variant,
+        "rfdetr_core": __version__,
+        "weights_sha256": trained.sha256,
+    }

@@ -1,0 +1,42 @@
+"""Exponential moving average of a model's weights and buffers (training spec 4.8)."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+
+class ModelEMA:
+    """A copy of the model whose weights trail the original's.
+
+    The first update copies; update k >= 2 uses d = decay x (1 - exp(-k / tau)), or d = decay when tau is 0:
+    ema = d x ema + (1 - d) x weights.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, tau: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.tau, self.updates = decay, tau, 0
+
+    def effective_decay(self, update: int) -> float:
+        """d of update number `update` (1-based)."""
+        if update <= 1:
+            return 0.0
+        return self.decay * (1 - math.exp(-update / self.tau)) if self.tau > 0 else self.decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the model's present weights into the average."""
+        self.updates += 1
+        decay = self.effective_decay(self.updates)
+        averages, weights = [], []
+        for average, weight in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point() and decay > 0:
+                averages.append(average)
+                weights.append(weight)
+            else:
+                average.copy_(weight)
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
