@@ -26,7 +26,7 @@ def moto_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
     """A fresh bucket in moto, which honours conditional writes (rclone does not) and checks no credentials.
 
     It answers inside botocore, where requests would be sent, so it stands for Amazon's own endpoint. One
-    request at a time: by itself it checks a condition and then writes, and another thread comes between.
+    request at a time: by itself it checks a condition, then writes, and another thread may come between.
     """
     clean_aws_environment(monkeypatch)
     lock, handle = threading.RLock(), BotocoreStubber.__call__
