@@ -51,6 +51,13 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     return found
 
 
+@pytest.fixture(params=["rclone", "moto"])
+def remote_root(request: pytest.FixtureRequest) -> Location:
+    """An empty prefix in each store from which files are copied."""
+    found: Location = request.getfixturevalue({"rclone": "s3_root", "moto": "moto_root"}[request.param])
+    return found
+
+
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Make `endpoint` the store of S3 locations, with credentials that nobody checks."""
     clean_aws_environment(monkeypatch)
