@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rfdetr_core.errors import StorageAccessError
+from rfdetr_core.storage.local import local_errors
 
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
@@ -95,15 +96,16 @@ class LocalS3Server:
 
     def __enter__(self) -> dict[str, str]:
         rclone = _rclone()
-        (self.folder / self.bucket).mkdir(parents=True, exist_ok=True)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder / self.bucket, self.log.parent):
+            with local_errors("make", folder):
+                folder.mkdir(parents=True, exist_ok=True)
         # Settings of the user's own rclone must not leak in.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RCLONE_")}
         environment["RCLONE_AUTH_KEY"] = f'"{self._key},{self._secret}"'
         command = [str(rclone), "serve", "s3", "--addr", "127.0.0.1:0", "--config", "", str(self.folder)]
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-c", _EXEC_BOUND_TO_PARENT, str(os.getpid()), *command]
-        with self.log.open("wb") as log:
+        with local_errors("write", self.log), self.log.open("wb") as log:
             # In a session of its own: Ctrl-C reaches the pipeline, which may still have something to store.
             self._process = subprocess.Popen(
                 command,

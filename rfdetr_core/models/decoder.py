@@ -99,7 +99,7 @@ class DecoderLayer(nn.Module):
         x = self.norm1(x + self.self_attn(x, position, groups))
         crossed = self.cross_attn(x + position, references, memory.tokens, memory.shapes, memory.mask)
         x = self.norm2(x + crossed)
-        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm3(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,19 @@
+"""KFP face of evaluate."""
+
+from kfp import dsl
+
+from components.images import image
+
+
+@dsl.component(base_image=image("evaluate"), install_kfp_package=False)
+def evaluate(run_uri: str, job_id: str, metrics: dsl.Output[dsl.Metrics], report: dsl.Output[dsl.HTML]):
+    """Evaluate the trained weights and the champion on the test split."""
+    from components.launcher import copy_file, launch, read_json
+
+    run = launch("evaluate", run_uri, job_id)
+    found = read_json(run, "evaluate/metrics.json")
+    for role in ("candidate", "champion"):
+        for name in ("map", "map50", "map75", "mar"):
+            if found[role] is not None:
+                metrics.log_metric(f"{role}_{name}", found[role][name])
+    copy_file(run, "evaluate/report.html", report.path)

@@ -1,0 +1,5 @@
+"""`python -m pipelines`: the same as rfdetr-pipeline."""
+
+from pipelines.cli import main
+
+main()

@@ -1,0 +1,135 @@
+"""rfdetr-pipeline: run the retraining DAG on this machine, or compile it for a cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.local import RunOutcome, new_run_id, run_locally
+from rfdetr_core.config import RunConfig, load_run_config, merge, parse_assignments, parse_overrides
+from rfdetr_core.errors import RFDETRError
+from rfdetr_core.storage import location
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console(highlight=False)
+
+CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")
+SET = typer.Option("--set", help="Override one field, such as train.epochs=3; may be repeated.")
+OVERRIDES = typer.Option("--overrides", help='Override by a JSON object, such as \'{"train": {"epochs": 3}}\'.')
+ROOT = typer.Option(
+    "--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix or a folder. [default: an S3 server over ./runs]"
+)
+RUN_ID = typer.Option("--run-id", help="Name of the run; the same name again continues it. [default: the time]")
+DEBUG = typer.Option("--debug", help="Show tracebacks.")
+
+
+@app.command()
+def run(
+    config: Annotated[str, CONFIG],
+    assignments: Annotated[list[str] | None, SET] = None,
+    overrides: Annotated[str, OVERRIDES] = "{}",
+    root: Annotated[str | None, ROOT] = None,
+    run_id: Annotated[str, RUN_ID] = "",
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Run the whole DAG on this machine, every stage in a process of its own.
+
+    Exit code: that of the stage that failed, 2 for what you must change, 75 for what is worth another try.
+    """
+    changed = merge(parse_overrides(overrides), parse_assignments(assignments or []))
+    resolved = load_run_config(config, changed)  # what can be known to be wrong is said before anything starts
+    config_uri = _absolute(config)
+    outcome = run_locally(config_uri, changed, run_id=run_id or new_run_id(), root=root)
+    _show(outcome, resolved)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command("compile")
+def compile_pipeline(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("retrain.yaml"),
+) -> None:
+    """Write the DAG as KFP IR YAML, for a cluster; the same bytes every time."""
+    from kfp import compiler
+
+    from pipelines.retrain import retrain
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(retrain, str(output))
+    console.print(f"wrote {output}")
+
+
+def _absolute(uri: str) -> str:
+    """Stages may run in another folder: a path becomes absolute, a URI stays."""
+    place = location(uri)
+    return str(place.local_path) if place.local_path is not None else place.uri
+
+
+def _show(outcome: RunOutcome, config: RunConfig) -> None:
+    settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in _settings(config))
+    table = Table("stage", "outcome", "time", "result", title=f"run {outcome.run_uri}", title_justify="left")
+    for stage in outcome.stages:
+        seconds = "" if stage.seconds is None else f"{stage.seconds:.1f} s"
+        colour = {"succeeded": "green", "already done": "green", "not started": "dim"}.get(stage.state, "red")
+        table.add_row(stage.stage, f"[{colour}]{stage.state}[/]", seconds, stage.result, style=None)
+    console.print(table, soft_wrap=True)
+    console.print(f"set: {settings or 'nothing, all defaults'}", soft_wrap=True, markup=False)
+    for line in _results(outcome):
+        console.print(line, soft_wrap=True, markup=False)
+    for stage in outcome.stages:
+        if stage.error:
+            console.print(f"[red]{stage.stage}[/] failed with exit code {stage.exit_code}:", end=" ")
+            console.print(stage.error, soft_wrap=True, markup=False)
+    console.print(f"{'done' if outcome.exit_code == 0 else 'failed'} in {outcome.seconds:.1f} s")
+
+
+def _settings(config: RunConfig) -> list[tuple[str, Any]]:
+    """Every field that differs from its default, dotted."""
+    defaults = RunConfig.parse(
+        {"name": config.name, "dataset": {"uri": config.dataset.uri}, "model": {"variant": config.model.variant}}
+    )
+    before, now = defaults.as_dict(), config.as_dict()
+    rows: list[tuple[str, Any]] = [
+        ("name", config.name),
+        ("dataset.uri", config.dataset.uri),
+        ("model.variant", config.model.variant),
+    ]
+    for section, fields in now.items():
+        if isinstance(fields, dict):
+            rows += [(f"{section}.{k}", v) for k, v in fields.items() if v != before[section][k]]
+    return rows
+
+
+def _results(outcome: RunOutcome) -> list[str]:
+    """The numbers one looks for first, where the run is a local folder."""
+    if outcome.folder is None or outcome.exit_code != 0:
+        return []
+    metrics = json.loads((outcome.folder / "evaluate" / "metrics.json").read_text())
+    decision = json.loads((outcome.folder / "promote" / "decision.json").read_text())
+    candidate = metrics["candidate"]
+    return [
+        f"{metrics['split']}: mAP {candidate['map']:.3f}, mAP50 {candidate['map50']:.3f}",
+        f"promotion: {decision['outcome']} ({decision['reason']}){'' if decision['guarded'] else ', unguarded store'}",
+        f"report: {outcome.folder / 'evaluate' / 'report.html'}",
+        f"model: {outcome.folder / 'export' / 'model.onnx'}",
+    ]
+
+
+def main() -> None:
+    """Entry point: one line for what a user can mend, and the right exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except RFDETRError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; run the same command with the same --run-id to continue", file=sys.stderr)
+        sys.exit(130)

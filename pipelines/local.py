@@ -1,0 +1,191 @@
+"""Runs the DAG on this machine: kfp.local in a process group of its own, over a real S3 server or any store.
+
+Traps of kfp.local that are guarded here: it deletes its workspace (we give it a scratch folder of ours), leaks
+temporary folders (they lie in that scratch folder, removed at the end), takes an s3:// pipeline root for a folder
+name (it always gets a local one), loses exit codes (they are read from the run's status files), and does not end
+its children when it is told to end (the whole process group is).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from components.runtime import RUN_ID
+from pipelines.s3_server import LocalS3Server
+from rfdetr_core.errors import ConfigError, RFDETRError
+from rfdetr_core.storage import Location, location
+
+RUNS = Path("runs")
+BUCKET = "rfdetr"
+STAGES = ("validate_dataset", "probe_batch_size", "train", "evaluate", "export_onnx", "promote")
+FOLDERS = dict(zip(STAGES, ("dataset", "probe", "train", "evaluate", "export", "promote"), strict=True))
+GRACE_SECONDS = 60.0  # a stage that is told to stop may finish its optimizer step and store a checkpoint
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """One row of what a run did, read from its status file."""
+
+    stage: str
+    state: str
+    seconds: float | None
+    exit_code: int | None
+    error: str
+    result: str  # where it lies, for people: a local path where there is one
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a local run ended."""
+
+    run_uri: str
+    folder: Path | None  # the run as a local folder
+    exit_code: int
+    stages: tuple[StageOutcome, ...]
+    seconds: float
+
+
+def new_run_id() -> str:
+    """Sorted by time, and unlike any other."""
+    return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def run_locally(
+    config: str, overrides: Mapping[str, Any], *, run_id: str, root: str | None = None, runs: Path = RUNS
+) -> RunOutcome:
+    """Run the whole DAG; returns when it has ended, whichever way.
+
+    Args:
+        root: the store, an s3:// prefix or a folder; by default an S3 server is started over `runs`/s3.
+        runs: everything this leaves on the machine lies below this folder.
+
+    Raises:
+        ConfigError: a run id that is none.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after all that was started has ended.
+    """
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"--run-id: {run_id!r} is not allowed", hint="a-z, 0-9 and -, at most 63, such as nightly-7")
+    runs.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with _store(root, runs) as (base, environment, folder):
+        run_uri = f"{base}/runs/{run_id}"
+        attempt = secrets.token_hex(8)
+        environment = {
+            **os.environ,
+            **environment,
+            "RFDETR_ATTEMPT": attempt,
+            "RFDETR_CACHE": str((runs / "cache").absolute()),
+        }
+        arguments = {"root": base, "config": config, "overrides": dict(overrides), "run_id": run_id}
+        code = _run_worker(arguments, environment, runs / "kfp" / run_id)
+        with _environment(environment):
+            stages = _outcomes(location(run_uri), folder / run_id if folder else None, attempt)
+    failed = [stage for stage in stages if stage.exit_code not in (0, None)]
+    exit_code = failed[0].exit_code if failed else code and RFDETRError.exit_code
+    return RunOutcome(
+        run_uri, folder / run_id if folder else None, int(exit_code or 0), stages, time.monotonic() - started
+    )
+
+
+@contextlib.contextmanager
+def _store(root: str | None, runs: Path) -> Iterator[tuple[str, dict[str, str], Path | None]]:
+    """The root URI, the environment that reaches it, and the local folder of its runs if there is one."""
+    if root is not None:
+        store = location(root)
+        path = store.local_path
+        yield store.uri if path is None else str(path), {}, path / "runs" if path else None
+        return
+    with LocalS3Server(runs / "s3", bucket=BUCKET) as environment:
+        yield f"s3://{BUCKET}", environment, (runs / "s3" / BUCKET / "runs")
+
+
+def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline_root: Path) -> int:
+    """Run pipelines.worker in a process group of its own; end the whole group on Ctrl-C and SIGTERM."""
+    pipeline_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="rfdetr-kfp-", ignore_cleanup_errors=True) as scratch:
+        workspace = Path(scratch) / "workspace"
+        workspace.mkdir()
+        request = {
+            "arguments": arguments,
+            "pipeline_root": str(pipeline_root.absolute()),
+            "workspace_root": str(workspace),
+        }
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.worker", json.dumps(request)],
+            env={**environment, "TMPDIR": scratch},
+            start_new_session=True,
+        )
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return worker.wait()
+        except KeyboardInterrupt:
+            print("stopping: waiting for the running stage to end ...", file=sys.stderr)  # noqa: T201
+            raise
+        finally:
+            _end_group(worker)
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_group(worker: subprocess.Popen[bytes]) -> None:
+    """End what is left of the worker's process group: SIGTERM, some time, SIGKILL. Nothing, if it has ended."""
+    for signum, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(worker.pid, signum)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            worker.poll()  # reaps it: a zombie still counts as a member of its group
+            try:
+                os.killpg(worker.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """os.environ with these values, for a while: our own storage client reads it too."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _outcomes(run: Location, folder: Path | None, attempt: str) -> tuple[StageOutcome, ...]:
+    """What each stage of this attempt left; a stage that this attempt did not reach is "not started"."""
+    rows = []
+    for stage in STAGES:
+        place = run / "status" / f"{stage}.json"
+        status = place.read_json() if place.exists() else {}
+        if status.get("attempt") != attempt:
+            rows.append(StageOutcome(stage, "not started", None, None, "", ""))
+            continue
+        error = status.get("error") or {}
+        text = error.get("message", "") + (f" ({error['hint']})" if error.get("hint") else "")
+        result = folder / FOLDERS[stage] if folder else f"{run.uri}/{FOLDERS[stage]}"
+        rows.append(
+            StageOutcome(stage, status["state"], status.get("seconds"), status.get("exit_code"), text, str(result))
+        )
+    return tuple(rows)
