@@ -75,7 +75,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Separate query, key and value projections, as in the published state dict; multiplied as one."""
+    """Separate query, key and value projections, as in the published state dict."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -85,9 +85,8 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (self.query, self.key, self.value)
-        qkv = F.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
+        q, k, v = (part(x).view(split).transpose(1, 2) for part in (self.query, self.key, self.value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
