@@ -88,13 +88,14 @@ def w1(key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy((location + scale * draws).astype(np.float32))
 
 
-def fill_w1(module: nn.Module, prefix: str = "") -> None:
+def fill_w1(module: nn.Module, prefix: str = "", *, keep: bool = True) -> None:
     """Overwrite every floating-point entry; an aliased box head takes its detector's key."""
+    value_of = w1 if keep else w1.__wrapped__  # the largest models are not worth the memory
     state = {}
     for key, value in module.state_dict().items():
         if value.is_floating_point():
             named = key.replace("transformer.decoder.bbox_embed.", "bbox_embed.")
-            state[key] = w1(prefix + named, tuple(value.shape))
+            state[key] = value_of(prefix + named, tuple(value.shape))
         else:
             state[key] = value
     module.load_state_dict(state)
@@ -102,8 +103,9 @@ def fill_w1(module: nn.Module, prefix: str = "") -> None:
 
 def build(dtype: torch.dtype = torch.float32, **overrides: Any) -> RFDETR:
     """A model with the reference weights; `overrides` over the tiny configuration, or a whole `variant`."""
-    model = RFDETR(ModelConfig(**(overrides if "variant" in overrides else {**TINY, **overrides})))
-    fill_w1(model)
+    whole = "variant" in overrides
+    model = RFDETR(ModelConfig(**(overrides if whole else {**TINY, **overrides})))
+    fill_w1(model, keep=not whole)
     return model.to(dtype)
 
 

@@ -150,12 +150,13 @@ def test_architecture_flags(case: str, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "seed"), [("nano", 108)])
-def test_full_size(variant: str, seed: int) -> None:
+@pytest.mark.parametrize("variant", ["nano", "small", "medium", "base", "large", "large-deprecated"])
+def test_full_size(variant: str) -> None:
+    name = variant.replace("-", "_")
+    data, seed = golden.arrays(f"full_{name}_eval"), golden.scalars("full")[name]["image_seed"]
     model = golden.build(variant=variant)
     side = model.config.resolution
     outputs, selection = run(model, golden.gauss(seed, (1, 3, side, side)), "eval")
-    data = golden.arrays(f"full_{variant}_eval")
     assert_allclose(outputs["pred_logits"], data["eval.pred_logits"], rtol=0, atol=1e-4)
     assert_allclose(outputs["pred_boxes"], data["eval.pred_boxes"], rtol=0, atol=2e-5)
     assert_array_equal(selection.indices[0], data["eval.topk_indices"])
@@ -166,3 +167,11 @@ def test_full_size(variant: str, seed: int) -> None:
     (detections,) = postprocess(outputs["pred_logits"], outputs["pred_boxes"], sizes, 300)
     assert_allclose(detections["scores"], data["eval.post0.scores"], rtol=0, atol=1e-4)
     assert np.mean(detections["labels"].numpy() == data["eval.post0.labels"]) > 0.98  # neighbours may swap
+
+
+@pytest.mark.slow
+def test_full_size_padded() -> None:
+    images = [golden.gauss(601, (3, 384, 288)), golden.gauss(602, (3, 300, 384))]
+    outputs, _ = run(golden.build(variant="nano"), images, "eval")
+    data = golden.arrays("full_nano_padded_eval")
+    assert_allclose(outputs["pred_boxes"], data["eval.pred_boxes"], rtol=0, atol=2e-5)

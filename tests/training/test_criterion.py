@@ -154,6 +154,23 @@ def test_losses_and_gradients_with_other_architectures(case: str) -> None:
     assert_gradients(model, expected)
 
 
+@pytest.mark.slow
+def test_full_size_training_with_thirteen_groups() -> None:
+    data, expected = golden.arrays("nano60_train"), golden.scalars("nano60_train")
+    model, targets = golden.build(variant="nano", num_queries=60, num_select=60), golden.targets("nano60_train")
+    model.train()
+    criterion = Criterion(model.config)
+    outputs = model(golden.gauss(437, (2, 3, 384, 384)))
+    assert_allclose(outputs["pred_boxes"].detach(), data["train.pred_boxes"], rtol=0, atol=2e-5)
+    for i, (query, target) in enumerate(match(outputs, targets, groups=13)):
+        assert_array_equal(query, data[f"train.match.img{i}.query"])
+        assert_array_equal(target, data[f"train.match.img{i}.target"])
+    losses = criterion(outputs, targets)
+    assert_losses(losses, expected["losses"])
+    criterion.total(losses).backward()
+    assert_gradients(model, expected)
+
+
 def unit_outputs() -> dict[str, Any]:
     data = golden.arrays("units")
 
