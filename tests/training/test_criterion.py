@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -222,3 +223,19 @@ def test_low_precision_outputs_are_summed_in_float32() -> None:
     low, high = criterion(half, targets), criterion(exact, targets)
     assert low["loss_ce"].dtype == torch.float32
     assert low["loss_ce"].item() == high["loss_ce"].item()
+
+
+def _rank(rank: int, rendezvous: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    outputs, targets = unit_outputs(), golden.targets("units", 2, "criterion.")  # 5 and 3 targets
+    if rank == 1:
+        targets = [{part: values[:1] for part, values in target.items()} for target in targets]  # 1 and 1
+    criterion = unit_criterion("ia_bce")
+    shared, explicit = criterion(outputs, targets), criterion(outputs, targets, num_boxes=(8 + 2) * 3 / 2)
+    torch.distributed.destroy_process_group()
+    assert all(torch.equal(shared[name], explicit[name]) for name in explicit)
+
+
+@pytest.mark.slow
+def test_the_normaliser_is_averaged_over_the_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (f"file://{tmp_path}/rendezvous",), nprocs=2)
