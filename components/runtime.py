@@ -64,7 +64,6 @@ class StageContext:
     output: Path  # local folder that becomes <run>/<folder>/
     inputs: str
     attempt: str
-    force: bool
     stop: StopFlag
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the status file
     uploaded: dict[str, FileDigest] = field(default_factory=dict)  # files the body put into `target()` itself
@@ -169,7 +168,8 @@ def _execute(
     attempt = os.environ.get("RFDETR_ATTEMPT", "")
     status.facts |= {"inputs": inputs, "attempt": attempt}
     if arguments.force:
-        unpublish(target)
+        unpublish(target)  # first: a reader must not meet a manifest without its files
+        target.delete_tree()
     manifest = read_manifest(target)
     if manifest is not None and manifest.inputs == inputs:
         log.info("already done: %s", target.uri)
@@ -187,7 +187,6 @@ def _execute(
         output=output,
         inputs=inputs,
         attempt=attempt,
-        force=arguments.force,
         stop=stop,
         facts=status.facts,
     )
@@ -279,7 +278,8 @@ def _report(error: Exception, *, debug: bool) -> None:
 
 @contextmanager
 def _logging(stage: Stage, path: Path) -> Iterator[None]:
-    """INFO to the terminal, DEBUG of our own modules to the log file."""
+    """Our INFO and others' warnings to the terminal and to the log file, which has tracebacks as well."""
+    logging.captureWarnings(True)
     root = logging.getLogger()
     formatter = logging.Formatter(f"%(asctime)s {stage.name} %(levelname)s %(message)s", "%H:%M:%S")
     console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(path)
@@ -287,13 +287,12 @@ def _logging(stage: Stage, path: Path) -> Iterator[None]:
     for handler in (console, file):
         handler.setFormatter(formatter)
         root.addHandler(handler)
-    level = root.level
-    root.setLevel(logging.INFO)
+    logging.getLogger("rfdetr_core").setLevel(logging.INFO)
     logging.getLogger("stage").setLevel(logging.DEBUG)
     try:
         yield
     finally:
-        root.setLevel(level)
+        logging.captureWarnings(False)
         for handler in (console, file):
             root.removeHandler(handler)
             handler.close()

@@ -26,7 +26,7 @@ ROOT = typer.Option(
     "--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix or a folder. [default: an S3 server over ./runs]"
 )
 RUN_ID = typer.Option("--run-id", help="Name of the run; the same name again continues it. [default: the time]")
-DEBUG = typer.Option("--debug", help="Show tracebacks.")
+DEBUG = typer.Option("--debug", help="Show tracebacks, and all that kfp says.")
 
 
 @app.command()
@@ -45,7 +45,7 @@ def run(
     changed = merge(parse_overrides(overrides), parse_assignments(assignments or []))
     resolved = load_run_config(config, changed)  # what can be known to be wrong is said before anything starts
     config_uri = _absolute(config)
-    outcome = run_locally(config_uri, changed, run_id=run_id or new_run_id(), root=root)
+    outcome = run_locally(config_uri, changed, run_id=run_id or new_run_id(), root=root, verbose=debug)
     _show(outcome, resolved)
     raise typer.Exit(outcome.exit_code)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -65,13 +66,20 @@ def new_run_id() -> str:
 
 
 def run_locally(
-    config: str, overrides: Mapping[str, Any], *, run_id: str, root: str | None = None, runs: Path = RUNS
+    config: str,
+    overrides: Mapping[str, Any],
+    *,
+    run_id: str,
+    root: str | None = None,
+    runs: Path = RUNS,
+    verbose: bool = False,
 ) -> RunOutcome:
     """Run the whole DAG; returns when it has ended, whichever way.
 
     Args:
         root: the store, an s3:// prefix or a folder; by default an S3 server is started over `runs`/s3.
         runs: everything this leaves on the machine lies below this folder.
+        verbose: print kfp's own words too; they are in runs/kfp/<run-id>/kfp.log in any case.
 
     Raises:
         ConfigError: a run id that is none.
@@ -91,7 +99,7 @@ def run_locally(
             "RFDETR_CACHE": str((runs / "cache").absolute()),
         }
         arguments = {"root": base, "config": config, "overrides": dict(overrides), "run_id": run_id}
-        code = _run_worker(arguments, environment, runs / "kfp" / run_id)
+        code = _run_worker(arguments, environment, runs / "kfp" / run_id, verbose=verbose)
         with _environment(environment):
             stages = _outcomes(location(run_uri), folder / run_id if folder else None, attempt)
     failed = [stage for stage in stages if stage.exit_code not in (0, None)]
@@ -113,7 +121,7 @@ def _store(root: str | None, runs: Path) -> Iterator[tuple[str, dict[str, str], 
         yield f"s3://{BUCKET}", environment, (runs / "s3" / BUCKET / "runs")
 
 
-def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline_root: Path) -> int:
+def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline_root: Path, *, verbose: bool) -> int:
     """Run pipelines.worker in a process group of its own; end the whole group on Ctrl-C and SIGTERM."""
     pipeline_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rfdetr-kfp-", ignore_cleanup_errors=True) as scratch:
@@ -126,11 +134,20 @@ def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline
         }
         worker = subprocess.Popen(
             [sys.executable, "-m", "pipelines.worker", json.dumps(request)],
-            env={**environment, "TMPDIR": scratch},
+            env={**environment, "TMPDIR": scratch, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
+            assert worker.stdout is not None
+            with (pipeline_root / "kfp.log").open("w") as log:
+                for line in worker.stdout:
+                    log.write(line)
+                    if verbose or _is_for_people(line):
+                        print(line.removeprefix("    "), end="", flush=True)  # noqa: T201
             return worker.wait()
         except KeyboardInterrupt:
             print("stopping: waiting for the running stage to end ...", file=sys.stderr)  # noqa: T201
@@ -140,11 +157,16 @@ def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline
             signal.signal(signal.SIGTERM, previous)
 
 
+def _is_for_people(line: str) -> bool:
+    """A line that a stage logged; kfp's own words between them are in kfp.log."""
+    return re.match(rf"\s*\d\d:\d\d:\d\d ({'|'.join(STAGES)}) [A-Z]+ ", line) is not None
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _end_group(worker: subprocess.Popen[bytes]) -> None:
+def _end_group(worker: subprocess.Popen[str]) -> None:
     """End what is left of the worker's process group: SIGTERM, some time, SIGKILL. Nothing, if it has ended."""
     for signum, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 5.0)):
         try:

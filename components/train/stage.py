@@ -66,7 +66,7 @@ def _fetch_checkpoints(context: StageContext, remote: Location, local: Path) -> 
     local.mkdir()
     if not remote.list_files():
         return
-    if not context.force and (remote / checkpoint.LATEST).exists():
+    if (remote / checkpoint.LATEST).exists():
         remote.download_tree(local)
         if checkpoint.load(local / checkpoint.LATEST).get("inputs") == context.inputs:
             log.info("found the checkpoints of an interrupted attempt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def write_sample_dataset(
     """Write `train`/`valid`/`test` splits in the COCO layout of Roboflow exports.
 
     Each image is about `size` x `size` px: a textured background and 1 to `max_objects` filled shapes,
-    each side 8 to 40 % of the image's shorter side, colour independent of class, overlaps allowed.
+    each side 8 to 40 % of the image's shorter side, a darker outline, colour independent of class, overlaps allowed.
     An image depends only on (seed, split, index), so a larger set contains the smaller one.
 
     Raises:
@@ -41,8 +42,13 @@ def write_sample_dataset(
         raise ConfigError(f"max_objects: {max_objects} is not allowed", hint="use 1 or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder", hint="name a new folder with --out")
-    for split, count in zip(SPLITS, (train, valid, test), strict=True):
-        _write_split(folder / split, split, count, size, max_objects, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        # Renamed when whole: an interrupted drawing leaves no folder that looks finished.
+        drawn = Path(scratch) / "drawn"
+        for split, count in zip(SPLITS, (train, valid, test), strict=True):
+            _write_split(drawn / split, split, count, size, max_objects, seed)
+        drawn.rename(folder)
 
 
 def _write_split(folder: Path, split: str, count: int, size: int, max_objects: int, seed: int) -> None:
@@ -85,10 +91,11 @@ def draw_image(
     for _ in range(int(rng.integers(1, max_objects + 1))):
         label = int(rng.integers(len(CLASS_NAMES)))
         short_side = min(width, height)
-        w, h = (float(rng.uniform(0.08, 0.40)) * short_side for _ in range(2))
+        w = float(rng.uniform(0.08, 0.40)) * short_side
+        h = float(np.clip(w * rng.uniform(0.75, 1.33), 0.08 * short_side, 0.40 * short_side))
         x, y = float(rng.uniform(0, width - w)), float(rng.uniform(0, height - h))
         fill = tuple(int(v) for v in rng.integers(0, 256, 3))
-        outline = tuple(int(v) for v in rng.integers(0, 256, 3))
+        outline = tuple(v // 3 for v in fill)
         if CLASS_NAMES[label] == "rectangle":
             draw.rectangle([x, y, x + w, y + h], fill=fill, outline=outline, width=2)
         elif CLASS_NAMES[label] == "ellipse":
@@ -100,8 +107,9 @@ def draw_image(
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Smooth colour patches plus grey pixel noise: no shape may be found by its colour alone. (H, W, 3)"""
-    patches = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    """Smooth patches around one base colour plus grey pixel noise. (H, W, 3)"""
+    base = rng.uniform(40, 215, 3)
+    patches = Image.fromarray(np.clip(base + rng.normal(0, 35, (8, 8, 3)), 0, 255).astype(np.uint8))
     smooth = np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     noisy = smooth + 12 * rng.standard_normal((height, width, 1), dtype=np.float32)
     texture: np.ndarray[Any, np.dtype[np.uint8]] = np.clip(noisy, 0, 255).astype(np.uint8)

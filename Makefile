@@ -1,0 +1,44 @@
+# Every target sets up what it needs by itself, once. Nothing but Python 3.11 or 3.12 has to be installed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint compile lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make the virtual environment (about 3 GB, from hashed pins)
+
+$(READY): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else \
+	  f"Python 3.11 or 3.12 is needed, {sys.executable} is {v.major}.{v.minor}; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## Run the whole DAG on drawn shapes: dataset in, promoted ONNX model out (10 minutes)
+	@test -d runs/demo-data || $(BIN)/python -m rfdetr_core data sample --out runs/demo-data
+	$(BIN)/rfdetr-pipeline run --config examples/demo.yaml --run-id demo
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compile: $(READY) ## Write the pipeline as KFP IR YAML to build/retrain.yaml
+	$(BIN)/rfdetr-pipeline compile --output build/retrain.yaml
+
+lock: $(READY) ## Pin all dependencies anew, with hashes, into requirements-dev.txt
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+	  --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements-dev.txt
+
+clean: ## Remove the virtual environment and what demo and tests left
+	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
