@@ -40,6 +40,7 @@ _SMALL_16: dict[str, Any] = {
     "sa_nheads": 8,
     "ca_nheads": 16,
     "dec_n_points": 2,
+    "dim_feedforward": 2048,
     "num_queries": 300,
     "num_select": 300,
     "group_detr": 13,
@@ -56,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sa_nheads": 4,
         "ca_nheads": 8,
         "dec_n_points": 2,
+        "dim_feedforward": 1024,
         "num_queries": 50,
         "num_select": 50,
         "group_detr": 5,
@@ -127,6 +129,8 @@ class ModelSection(Config):
     """Heads of the decoder's deformable cross-attention."""
     dec_n_points: Int = Field(ge=1)
     """Sampling points per head and level of the deformable attention."""
+    dim_feedforward: Int = Field(ge=1)
+    """Inner width of the decoder's feed-forward layers; 2048 in all published variants."""
     resolution: Int
     """Side of the square input in pixels: a multiple of patch_size x num_windows; one of 14 is rounded up."""
     requested_resolution: Int | None = None

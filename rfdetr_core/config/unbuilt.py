@@ -22,20 +22,6 @@ class Unbuilt(NamedTuple):
 
 NOT_BUILT: dict[str, Unbuilt] = {
     "dataset.format": Unbuilt("the readers of YOLO and Pascal VOC", works=("auto", "coco")),
-    "model.variant": Unbuilt(
-        "the two feature scales of large-deprecated",
-        works=("nano", "pico", "small", "medium", "large", "base"),
-    ),
-    "model.encoder": Unbuilt(
-        "register tokens",
-        works=("dinov2_windowed_small", "dinov2_windowed_pico", "dinov2_windowed_base"),
-    ),
-    "model.projector_scale": Unbuilt("feature scales other than P4", works=(("P4",),)),
-    "model.two_stage": Unbuilt("learned references"),
-    "model.bbox_reparam": Unbuilt("box deltas in logit space"),
-    "model.lite_refpoint_refine": Unbuilt("references refined after each decoder layer"),
-    "model.layer_norm": Unbuilt("batch norm in the projector"),
-    "model.ia_bce_loss": Unbuilt("the focal loss"),
     "model.num_channels": Unbuilt("images of other than three channels"),
     "model.segmentation_head": Unbuilt("masks"),
     "model.mask_downsample_ratio": Unbuilt("masks"),

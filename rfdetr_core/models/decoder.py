@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.deformable_attention import DeformableAttention
 
-_FFN_WIDTH = 2048
 _SINE_BASE = 10000.0
 
 
@@ -85,14 +84,16 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention, deformable cross-attention, feed-forward; each followed by its norm."""
 
-    def __init__(self, width: int, *, self_heads: int, cross_heads: int, levels: int, points: int) -> None:
+    def __init__(
+        self, width: int, *, ffn_width: int, self_heads: int, cross_heads: int, levels: int, points: int
+    ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(width, self_heads)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attn = DeformableAttention(width, heads=cross_heads, levels=levels, points=points)
         self.norm2 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, _FFN_WIDTH)
-        self.linear2 = nn.Linear(_FFN_WIDTH, width)
+        self.linear1 = nn.Linear(width, ffn_width)
+        self.linear2 = nn.Linear(ffn_width, width)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: Memory, groups: int) -> Tensor:
@@ -114,6 +115,7 @@ class Decoder(nn.Module):
         width: int,
         *,
         layers: int,
+        ffn_width: int,
         self_heads: int,
         cross_heads: int,
         levels: int,
@@ -122,7 +124,9 @@ class Decoder(nn.Module):
         box_head: MLP | None,
     ) -> None:
         super().__init__()
-        layer = DecoderLayer(width, self_heads=self_heads, cross_heads=cross_heads, levels=levels, points=points)
+        layer = DecoderLayer(
+            width, ffn_width=ffn_width, self_heads=self_heads, cross_heads=cross_heads, levels=levels, points=points
+        )
         self.layers = nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(layers - 1))])
         self.norm = nn.LayerNorm(width)
         self.ref_point_head = MLP(2 * width, width, width, 2)

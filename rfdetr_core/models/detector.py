@@ -88,6 +88,7 @@ class RFDETR(nn.Module):
         decoder = Decoder(
             width,
             layers=config.dec_layers,
+            ffn_width=config.dim_feedforward,
             self_heads=config.sa_nheads,
             cross_heads=config.ca_nheads,
             levels=len(config.projector_scale),
