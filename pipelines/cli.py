@@ -45,7 +45,12 @@ def run(
     changed = merge(parse_overrides(overrides), parse_assignments(assignments or []))
     resolved = load_run_config(config, changed)  # what can be known to be wrong is said before anything starts
     config_uri = _absolute(config)
-    outcome = run_locally(config_uri, changed, run_id=run_id or new_run_id(), root=root, verbose=debug)
+    run_id = run_id or new_run_id()
+    try:
+        outcome = run_locally(config_uri, changed, run_id=run_id, root=root, verbose=debug)
+    except KeyboardInterrupt:
+        print(f"stopped; run the same command with --run-id {run_id} to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
     _show(outcome, resolved)
     raise typer.Exit(outcome.exit_code)
 
@@ -130,6 +135,3 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; run the same command with the same --run-id to continue", file=sys.stderr)
-        sys.exit(130)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from components.runtime import Stage, StageContext, run_stage
+from rfdetr_core import hardware
 
 STAGE = Stage(
     name="probe_batch_size",
@@ -24,6 +25,7 @@ def body(context: StageContext) -> None:
     """Write probe.json."""
     from rfdetr_core.training.batch_size import probe
 
+    hardware.keep_freed_memory()  # as train does: the probe times and measures the step that train will run
     dataset = context.read_result("dataset", "dataset.json")
     train = dataset["splits"]["train"]
     model = context.detector(len(dataset["classes"]))

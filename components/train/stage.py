@@ -16,6 +16,7 @@ from pathlib import Path
 
 from components.runtime import Stage, StageContext, run_stage
 from components.train.uploader import Uploader
+from rfdetr_core import hardware
 from rfdetr_core.publication import unpublish
 from rfdetr_core.storage import Location
 
@@ -36,6 +37,7 @@ def body(context: StageContext) -> None:
     from rfdetr_core.data.prepared import PreparedDataset
     from rfdetr_core.training.loop import TrainingJob, train
 
+    hardware.keep_freed_memory()
     remote, local = context.target() / CHECKPOINTS, context.work / CHECKPOINTS
     _fetch_checkpoints(context, remote, local)
     dataset = PreparedDataset(context.prepared_dataset())

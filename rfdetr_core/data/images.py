@@ -1,0 +1,62 @@
+"""From encoded bytes to upright RGB pixels: the one decoder of validation, training and evaluation."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+SWAPS_AXES = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes, orientation: int, *, at_least: int | None = None) -> Image.Image:
+    """Decode to RGB, upright.
+
+    `orientation` is the EXIF orientation that the index holds (1: as stored). With `at_least`, a JPEG may be
+    decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay that many pixels long: for training only.
+    """
+    image: Image.Image = Image.open(io.BytesIO(data))
+    if at_least is not None:
+        image.draft("RGB", (at_least, at_least))
+    image.load()
+    image = to_rgb(image)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits. Transparency is dropped, of 16 bits the upper 8 are kept.
+
+    Raises:
+        ValueError: pixels without a fixed range (32-bit integers, floats).
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255: almost every 16-bit picture would be white.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no fixed range: save it with 8 or 16 bits")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palette entries
+    return image.convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, that is still to be applied to a loaded image.
+
+    To be asked after loading: Pillow turns a TIFF upright as it loads it, and then nothing is left to apply.
+    """
+    orientation = image.getexif().get(_EXIF_ORIENTATION)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
