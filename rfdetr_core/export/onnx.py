@@ -9,9 +9,11 @@ from pathlib import Path
 import onnx
 import torch
 from torch.jit._trace import TracerWarning
+from torch.onnx.errors import OnnxExporterError
 
 from rfdetr_core import __version__
 from rfdetr_core.data.transforms import MEAN, STD
+from rfdetr_core.errors import ExportError
 from rfdetr_core.models.detector import prepare_for_export
 from rfdetr_core.models.weights import TrainedModel
 
@@ -23,9 +25,23 @@ def export_onnx(trained: TrainedModel, path: Path, *, opset: int, dynamic_batch:
 
     Input `input` (B, 3, R, R) float32, normalised RGB; outputs `dets` (B, Q, 4) cx, cy, w, h in [0, 1] and
     `labels` (B, Q, C + 1) raw logits. B is 1, or open with `dynamic_batch`. The file passes onnx's checker.
+    `trained` stays as it is, and where it is.
+
+    Raises:
+        ExportError: PyTorch cannot write this model, or what it wrote is not legal ONNX.
     """
+    try:
+        _write(trained, path, opset, dynamic_batch)
+    except (OnnxExporterError, RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"{path.name}: cannot be written with opset {opset}: {reason}", hint="use opset 17"
+        ) from error
+
+
+def _write(trained: TrainedModel, path: Path, opset: int, dynamic_batch: bool) -> None:
     side = trained.config.resolution
-    module = prepare_for_export(trained.module.cpu(), side, side)
+    module = prepare_for_export(trained.module, side, side).cpu()
     example = torch.zeros((1, 3, side, side))
     axes = {name: {0: "batch"} for name in (INPUT, *OUTPUTS)} if dynamic_batch else None
     with torch.no_grad(), warnings.catch_warnings():

@@ -35,7 +35,9 @@ def build_trained(content: dict[str, Any], path: Path, *, sha256: str) -> Traine
         module.load_state_dict(content["model"])
         names = tuple(str(row["name"]) for row in content["classes"])
         trained = TrainedModel(module.eval(), config, names, str(content["source"]), int(content["epoch"]), sha256)
-    except (KeyError, RuntimeError, TypeError, ConfigError) as error:
-        reason = str(error).splitlines()[0]
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not the weights of a detector: no {error}", hint="train again") from error
+    except (RuntimeError, TypeError, ValueError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:200]  # torch lists every key that does not fit
         raise CheckpointError(f"{path}: not the weights of a detector: {reason}", hint="train again") from error
     return trained

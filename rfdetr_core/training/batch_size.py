@@ -6,6 +6,7 @@ fits or a bound stops it, then sets accumulation for the target effective batch.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -77,14 +78,26 @@ def probe(model: ModelConfig, train: TrainConfig, *, images: int, max_boxes: int
         images: how many the train split has; a larger batch has no use.
         max_boxes: most boxes in one image; bounded by `auto_batch_max_targets_per_image`.
 
+    The model it builds is its own, and torch's random stream is left as it was: training after a probe draws the
+    same weights as without one.
+
     Raises:
         DeviceMemoryError: the given batch, or a batch of 1, does not fit.
     """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        result = _probe(model, train, images, max_boxes)
+    if torch.cuda.is_available():  # what a failed attempt left would fragment the memory of a training to come
+        gc.collect()
+        torch.cuda.empty_cache()
+    return result
+
+
+def _probe(model: ModelConfig, train: TrainConfig, images: int, max_boxes: int) -> ProbeResult:
     scales = training_scales(
         model.resolution, model.block, multi_scale=train.multi_scale != "off", expanded=train.expanded_scales
     )
     side, targets = max(scales), max(1, min(max_boxes, train.auto_batch_max_targets_per_image))
-    torch.manual_seed(0)
     engine = build_engine(model, train)
     search = _Search(engine, side, targets, model.num_classes)
     if train.batch_size == "auto":
@@ -94,6 +107,7 @@ def probe(model: ModelConfig, train: TrainConfig, *, images: int, max_boxes: int
         if stopped_by == "memory":
             batch_size = with_headroom(largest, train.auto_batch_ema_headroom, use_ema=train.use_ema)
         accum = accumulation(batch_size, train.auto_batch_target_effective)
+        _tell_effective(batch_size * accum, train.auto_batch_target_effective)
     else:
         stopped_by, batch_size, accum = "given", train.batch_size, train.grad_accum_steps
         largest = batch_size
@@ -117,15 +131,15 @@ def _double(search: _Search, train: TrainConfig, images: int) -> StoppedBy:
     """1, 1, 2, 4, ... until memory or a bound says stop; returns which. The first step warms up."""
     started = time.monotonic()
     on_cpu = search.engine.device.type == "cpu"
+    try:
+        search.attempt(1)
+        search.attempt(1)
+    except DeviceMemoryError as error:
+        raise DeviceMemoryError(
+            error.message, hint="lower model.resolution, or set model.gradient_checkpointing: true"
+        ) from error
     batch_size = 1
-    search.attempt(1)
     while True:
-        try:
-            search.attempt(batch_size)
-        except DeviceMemoryError:
-            if batch_size == 1:
-                raise
-            return "memory"
         doubled = 2 * batch_size
         if on_cpu and search.predicted_peak(doubled) > MEMORY_SHARE * hardware.memory_limit():
             return "memory"
@@ -137,7 +151,22 @@ def _double(search: _Search, train: TrainConfig, images: int) -> StoppedBy:
             return "limit"
         if on_cpu and time.monotonic() - started > CPU_SECONDS:
             return "time"
+        try:
+            search.attempt(doubled)
+        except DeviceMemoryError:
+            return "memory"
         batch_size = doubled
+
+
+def _tell_effective(effective: int, target: int) -> None:
+    if effective > 2 * target:
+        log.warning(
+            "the effective batch is %d, and train.auto_batch_target_effective asks for %d or more: at the same "
+            "learning rate training makes fewer steps; scaling train.lr by %.1f or less may serve it",
+            effective,
+            target,
+            effective / target,
+        )
 
 
 class _Search:
@@ -178,9 +207,6 @@ class _Search:
         except DeviceMemoryError:
             self.attempts.append(Attempt(batch_size, None, None, fits=False))
             log.info("batch %d at %d px does not fit", batch_size, self._side)
-            self.engine.optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
             raise
         seconds = time.monotonic() - started
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else hardware.peak_rss()

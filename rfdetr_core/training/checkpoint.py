@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from rfdetr_core import __version__
-from rfdetr_core.errors import CheckpointError
+from rfdetr_core.errors import CheckpointError, StorageAccessError
 from rfdetr_core.models.weights import TrainedModel, build_trained
 
 FORMAT_VERSION = 1
@@ -47,18 +45,27 @@ def versions() -> dict[str, str]:
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that `path` is always whole: temporary name, fsync, rename."""
+    """Write a checkpoint so that `path` is always whole: temporary name, fsync, rename.
+
+    The temporary name is the same every time, so that what a killed process left is overwritten.
+
+    Raises:
+        StorageAccessError: the disk is full or read-only, or the folder is gone.
+    """
     content = {"format_version": FORMAT_VERSION, "versions": versions(), **content}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        raise StorageAccessError(
+            f"{path}: cannot be written: {reason}", hint="make room on the disk, or give another folder"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -71,16 +78,15 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="train first") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a torn file shows as any of a dozen types, by where it is torn
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}", hint="train again") from error
     found = content.get("format_version") if isinstance(content, dict) else None
-    if found != FORMAT_VERSION:
+    if not isinstance(content, dict) or found != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {found}, this program reads {FORMAT_VERSION}",
             hint="use the program that wrote it, or train again",
         )
-    assert isinstance(content, dict)
     return content
 
 
@@ -91,6 +97,10 @@ def load_trained(path: Path) -> TrainedModel:
         CheckpointError: see `load`; or the weights do not fit the architecture that the file names.
     """
     content = load(path)
+    if "source" not in content:
+        raise CheckpointError(
+            f"{path}: a checkpoint for resuming, which holds more than one set of weights", hint=f"give {BEST_TOTAL}"
+        )
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return build_trained(content, path, sha256=sha256)

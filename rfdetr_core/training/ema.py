@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModelEMA:
     """A copy of the model whose weights trail the original's.
 
     The first update copies; update k >= 2 uses d = decay x (1 - exp(-k / tau)), or d = decay when tau is 0:
-    ema = d x ema + (1 - d) x weights.
+    ema = d x ema + (1 - d) x weights. Buffers are averaged like weights; what is not floating-point is copied.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, tau: float) -> None:
@@ -32,7 +34,7 @@ class ModelEMA:
         self.updates += 1
         decay = self.effective_decay(self.updates)
         averages, weights = [], []
-        for average, weight in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+        for average, weight in zip(_tensors(self.module), _tensors(model), strict=True):
             if average.is_floating_point() and decay > 0:
                 averages.append(average)
                 weights.append(weight)
@@ -40,3 +42,8 @@ class ModelEMA:
                 average.copy_(weight)
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once: an alias must not be averaged twice."""
+    return chain(module.parameters(), module.buffers())

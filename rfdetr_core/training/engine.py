@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +29,8 @@ AUTOCAST: dict[Precision, torch.dtype | None] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
+NO_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+"""How libraries without an exception type of their own say it."""
 
 
 @dataclass
@@ -61,54 +65,78 @@ class Engine:
         spec 4.3). Returns the mean of every loss term and of their weighted sum, "loss"; on the device.
 
         Raises:
-            TrainingError: a loss that is not finite, before any weight is touched.
+            TrainingError: a loss or a gradient that is not finite, before any weight is touched.
             DeviceMemoryError: out of memory.
         """
         set_learning_rates(self.optimizer, self.base_rates, factor)
-        sums: dict[str, Tensor] = {}
-        try:
-            for position, batch in enumerate(window):
-                last = position == len(window) - 1
-                with self.fabric.no_backward_sync(self.model, enabled=not last):
-                    pixels, targets = batch.on(self.device)
-                    terms = self.criterion(self.model(pixels), targets)
-                    loss = self.criterion.total(terms)
-                    if not torch.isfinite(loss):
-                        raise TrainingError(
-                            f"loss is {loss.item()} at optimizer step {global_step}",
-                            hint="lower train.lr, or look at the images of that step; the last checkpoint is whole",
-                        )
-                    self.fabric.backward(loss / len(window))
-                for name, value in {**terms, "loss": loss}.items():
-                    mean = value.detach() / len(window)
-                    sums[name] = sums[name] + mean if name in sums else mean
-            if self.clip_max_norm > 0:
-                self.fabric.clip_gradients(
-                    self.model, self.optimizer, max_norm=self.clip_max_norm, error_if_nonfinite=False
-                )
+        images = len(window[0].counts)
+        with memory_errors(
+            f"on {self.device} at batch size {images}",
+            hint="lower train.batch_size, or let the probe choose it with batch_size: auto",
+        ):
+            means = self._accumulate(window)
+            norm = self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.clip_max_norm or math.inf, error_if_nonfinite=False
+            )
+            self._refuse_non_finite(means["loss"], norm, global_step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"out of memory on {self.device} at batch size {len(window[0].counts)}",
-                hint="lower train.batch_size, or let the probe choose it with batch_size: auto",
-            ) from error
         if self.ema is not None and (global_step + 1) % self.ema_update_interval == 0:
             self.ema.update(self.raw_model)
-        return sums
+        return means
+
+    def _accumulate(self, window: Sequence[Batch]) -> dict[str, Tensor]:
+        """Backward of every micro-batch; returns the means of the loss terms."""
+        sums: Tensor | None = None
+        names: list[str] = []
+        for position, batch in enumerate(window):
+            with self.fabric.no_backward_sync(self.model, enabled=position < len(window) - 1):
+                pixels, targets = batch.on(self.device)
+                terms = self.criterion(self.model(pixels), targets)
+                loss = self.criterion.total(terms)
+                self.fabric.backward(loss / len(window))
+            names = [*terms, "loss"]
+            values = torch.stack([*terms.values(), loss]).detach()  # one sum per window, not one per term
+            sums = values if sums is None else sums + values
+        assert sums is not None
+        return dict(zip(names, (sums / len(window)).unbind(), strict=True))
+
+    def _refuse_non_finite(self, loss: Tensor, norm: Tensor | None, global_step: int) -> None:
+        # Under fp16 a gradient overflows now and then, by design: its scaler then skips the update.
+        watched = loss if norm is None or self.precision == "16-mixed" else loss + norm
+        if not torch.isfinite(watched):  # the only wait for the device that a step has of its own
+            what = "the gradient is not finite" if torch.isfinite(loss) else f"the loss is {loss.item()}"
+            raise TrainingError(
+                f"{what} at optimizer step {global_step}",
+                hint="lower train.lr, or look at the images of that step; the last checkpoint is whole",
+            )
+
+
+@contextmanager
+def memory_errors(where: str, *, hint: str) -> Iterator[None]:
+    """What PyTorch raises when memory runs out becomes a DeviceMemoryError "out of memory <where>"."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(error).lower()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
+            raise DeviceMemoryError(f"out of memory {where}", hint=hint) from error
+        raise
 
 
 def build_engine(model: ModelConfig, train: TrainConfig) -> Engine:
     """Choose device and precision, then build model, loss, optimizer and EMA on it.
 
-    Weights are drawn from torch's global generator: seed it first.
+    Weights are drawn from torch's global generator: seed it first. lr_encoder 0 freezes the encoder: without a
+    gradient, not just without a step.
     """
     precision = choose_precision(train.accelerator, train.amp_dtype)
     # Fabric tells its choice of device at INFO level by itself, in every process that builds one.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = lightning_fabric.Fabric(accelerator=fabric_accelerator(train.accelerator), devices=1, precision=precision)
     torch.set_float32_matmul_precision("high")
-    raw_model = RFDETR(model, drop_path=train.drop_path)
+    frozen = model.freeze_encoder or train.lr_encoder == 0
+    raw_model = RFDETR(model.model_copy(update={"freeze_encoder": frozen}), drop_path=train.drop_path)
     raw_model.to(fabric.device)
     ema = ModelEMA(raw_model, decay=train.ema_decay, tau=train.ema_tau) if train.use_ema else None
     # Gradient scaling in fp16 and a fused step cannot both own the unscaling.

@@ -1,4 +1,4 @@
-"""metrics.jsonl (one object per epoch, appended) and metrics.csv (the same rows as a table)."""
+"""metrics.jsonl (one object per epoch, appended) and metrics.csv (the same rows as a table), whole after each epoch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ JSONL = "metrics.jsonl"
 CSV = "metrics.csv"
 
 
-def rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Begin with the rows a checkpoint knows: what came after it is trained, and written, again."""
-    (folder / JSONL).write_text("".join(_line(row) for row in rows))
+def begin(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Start both files with the rows that a checkpoint knows: what came after it is trained, and written, again."""
+    (folder / JSONL).write_text("".join(map(_line, rows)), encoding="utf-8")
+    _write_csv(folder, rows)
 
 
-def append(folder: Path, row: dict[str, Any]) -> None:
-    """Add one row."""
-    with (folder / JSONL).open("a") as file:
-        file.write(_line(row))
+def append(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Add the last of `rows`, which are all there are: a new metric widens the whole table."""
+    with (folder / JSONL).open("a", encoding="utf-8") as file:
+        file.write(_line(rows[-1]))
+    _write_csv(folder, rows)
 
 
-def write_csv(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows: epoch, step, then the metrics in alphabetical order; an absent value is an empty cell."""
+def _write_csv(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Epoch, step, then the metrics in alphabetical order; an absent value is an empty cell."""
     names = sorted({name for row in rows for name in row} - {"epoch", "step"})
-    with (folder / CSV).open("w", newline="") as file:
+    with (folder / CSV).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["epoch", "step", *names])
         writer.writeheader()
         writer.writerows(rows)
