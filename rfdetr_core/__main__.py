@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
     except RFDETRError as error:
         if arguments.debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -9,6 +9,8 @@ from rfdetr_core.config import PromoteConfig
 
 Outcome = Literal["promote", "keep", "refuse"]
 
+EPSILON = 1e-9  # scores closer than this are equal: 0.57 - 0.54 is a little less than 0.03 in floating point
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -27,13 +29,13 @@ def decide(candidate: dict[str, Any], champion: dict[str, Any] | None, gate: Pro
     score = float(candidate[gate.metric])
     if score < 0:
         return Verdict("refuse", f"{gate.metric} is not defined: the split has no ground truth")
-    if score < gate.min_value:
+    if score < gate.min_value - EPSILON:
         return Verdict("refuse", f"{gate.metric} {score:.4f} is below promote.min_value {gate.min_value:g}")
     if champion is None:
         return Verdict("promote", f"{gate.metric} {score:.4f}; there is no champion yet")
     gain = score - float(champion[gate.metric])
     compared = f"{gate.metric} {score:.4f} against {float(champion[gate.metric]):.4f} of {champion['version']}"
-    enough = gain > 0 if gate.min_improvement == 0 else gain >= gate.min_improvement
-    if enough:
+    better = gain > EPSILON or gate.min_improvement < 0
+    if better and gain >= gate.min_improvement - EPSILON:
         return Verdict("promote", f"{compared}: {gain:+.4f}")
     return Verdict("keep", f"{compared}: {gain:+.4f} is not enough (promote.min_improvement {gate.min_improvement:g})")

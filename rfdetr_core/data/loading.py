@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,10 +72,9 @@ class TrainImages(Dataset[Any]):
         # The window ends at `side` pixels: decode no more than what the resampling can use.
         zoom = min(view.width / width, view.height / height)
         image = self._split.decode(draw.image, at_least=math.ceil(draw.side / zoom))
-        x_scale, y_scale = image.width / width, image.height / height
-        on_decoded = View(
-            view.left * x_scale, view.top * y_scale, view.width * x_scale, view.height * y_scale, view.flip
-        )
+        # A scaled decode shrinks by a whole number; its last row and column may reach beyond the image.
+        shrink = round(width / image.width)
+        on_decoded = View(view.left / shrink, view.top / shrink, view.width / shrink, view.height / shrink, view.flip)
         rows = table.rows(draw.image)
         usable = ~table.crowd[rows]
         boxes, kept = view_boxes(table.boxes[rows][usable], view)
@@ -162,6 +162,15 @@ class LoaderSettings:
     pin_memory: bool | None
     persistent_workers: bool | None
     prefetch_factor: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_workers == 0:
+            for name, given in (
+                ("persistent_workers", self.persistent_workers),
+                ("prefetch_factor", self.prefetch_factor),
+            ):
+                if given:
+                    warnings.warn(f"{name}={given} is ignored: there are no workers (num_workers=0)", stacklevel=3)
 
     def keywords(self, device: torch.device) -> dict[str, Any]:
         """Arguments for DataLoader."""

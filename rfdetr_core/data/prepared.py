@@ -13,23 +13,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from rfdetr_core.data.annotations import SPLITS, AnnotationTable, ClassMap
+from rfdetr_core.data.images import decode_image
 from rfdetr_core.data.validation import ImageFile, ValidSplit
 from rfdetr_core.errors import DatasetError
 
 FORMAT_VERSION = 1
-SHARD_BYTES = 256_000_000
+SHARD_BYTES = 256_000_000  # of a whole tar file; a larger image has one of its own
 JPEG_QUALITY = 95
 
 
@@ -87,7 +89,11 @@ def write_prepared(
     source: str,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the whole prepared dataset into an empty folder; returns the content of dataset.json."""
+    """Write the whole prepared dataset into an empty folder; returns the content of dataset.json.
+
+    Raises:
+        DatasetError: an image is no longer the one that was validated.
+    """
     digest = dataset_digest(class_map, splits, options)
     statistics = {}
     for name, split in splits.items():
@@ -112,6 +118,7 @@ def write_prepared(
 def split_statistics(table: AnnotationTable, class_map: ClassMap) -> dict[str, Any]:
     """Counts and histograms of one split that later stages and the report need; sizes in pixels."""
     usable = ~table.crowd
+    image_of = np.repeat(np.arange(len(table)), table.counts)
     sides = np.sqrt(np.prod(table.boxes[usable, 2:] - table.boxes[usable, :2], axis=1))
     per_class = np.bincount(table.labels[usable], minlength=len(class_map))
     return {
@@ -119,7 +126,7 @@ def split_statistics(table: AnnotationTable, class_map: ClassMap) -> dict[str, A
         "boxes": int(usable.sum()),
         "crowd_regions": int(table.crowd.sum()),
         "images_without_boxes": int((table.counts == 0).sum()),
-        "max_boxes_per_image": int(table.counts.max(initial=0)),
+        "max_boxes_per_image": int(np.bincount(image_of[usable]).max(initial=0)),
         "boxes_per_class": {name: int(n) for name, n in zip(class_map.names, per_class, strict=True)},
         "box_side_histogram": _histogram(sides, [0, 8, 16, 32, 64, 96, 128, 256, 512]),
         "image_short_side_histogram": _histogram(
@@ -141,20 +148,30 @@ def _write_images(
     table = split.table
     boxes, areas = table.boxes.copy(), table.areas.copy()
     widths, heights = table.widths.copy(), table.heights.copy()
-    writer = _ShardWriter(target)
-    for i, (name, file) in enumerate(zip(table.file_names, split.files, strict=True)):
-        data, orientation = file.path.read_bytes(), file.orientation
-        if short_side is not None and min(file.width, file.height) > short_side:
-            data, (width, height) = _reduce(data, file, short_side)
-            scale = np.array([width / file.width, height / file.height] * 2)
-            boxes[table.rows(i)] *= scale
-            areas[table.rows(i)] *= scale[0] * scale[1]
-            widths[i], heights[i], orientation = width, height, 1
-        writer.add(str(name), data, int(widths[i]), int(heights[i]), orientation)
-        if progress is not None:
-            progress(1)
-    writer.close()
+    with _ShardWriter(target) as writer:
+        for i, (name, file) in enumerate(zip(table.file_names, split.files, strict=True)):
+            data, orientation = _read_unchanged(file), file.orientation
+            if short_side is not None and min(file.width, file.height) > short_side:
+                data, (width, height) = _reduce(data, file, short_side)
+                scale = np.array([width / file.width, height / file.height] * 2)
+                boxes[table.rows(i)] *= scale
+                areas[table.rows(i)] *= scale[0] * scale[1]
+                widths[i], heights[i], orientation = width, height, 1
+            writer.add(str(name), data, int(widths[i]), int(heights[i]), orientation)
+            if progress is not None:
+                progress(1)
     return AnnotationTable(table.file_names, widths, heights, table.offsets, boxes, table.labels, areas, table.crowd)
+
+
+def _read_unchanged(file: ImageFile) -> bytes:
+    """The bytes that were validated: the digest, which names the dataset, was taken from them."""
+    try:
+        data = file.path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{file.path}: cannot be read any more: {error.strerror}", hint="run again") from error
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise DatasetError(f"{file.path}: changed since it was validated", hint="run again when nobody writes to it")
+    return data
 
 
 def _reduce(data: bytes, file: ImageFile, short_side: int) -> tuple[bytes, tuple[int, int]]:
@@ -167,24 +184,8 @@ def _reduce(data: bytes, file: ImageFile, short_side: int) -> tuple[bytes, tuple
     return buffer.getvalue(), size
 
 
-def decode_image(data: bytes, orientation: int, *, at_least: int | None = None) -> Image.Image:
-    """Decode to RGB, upright.
-
-    `orientation` is the EXIF orientation that the index holds (1: as stored). With `at_least`, a JPEG may be
-    decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay that many pixels long: for training only.
-    """
-    image: Image.Image = Image.open(io.BytesIO(data))
-    if at_least is not None:
-        image.draft("RGB", (at_least, at_least))
-    image = image.convert("RGB")
-    if orientation != 1:
-        image.getexif()[0x0112] = orientation
-        image = ImageOps.exif_transpose(image)
-    return image
-
-
 class _ShardWriter:
-    """Appends images to numbered tar files and remembers where each one's bytes begin."""
+    """Appends images to numbered tar files and remembers where each one's bytes begin; the index comes last."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -194,29 +195,41 @@ class _ShardWriter:
             key: [] for key in ("name", "shard", "offset", "length", "width", "height", "orientation", "sha256")
         }
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if self._tar is not None:
+            self._tar.close()
+        if kind is None:
+            document = {"shards": self._shards, "images": self._columns}
+            (self._folder / "index.json").write_text(json.dumps(document))
+
     def add(self, name: str, data: bytes, width: int, height: int, orientation: int) -> None:
-        if self._tar is None or self._tar.offset + len(data) > SHARD_BYTES:
-            self._open_next()
-        assert self._tar is not None
         info = tarfile.TarInfo(name)  # mtime, uid and names stay at their zero defaults: same bytes every time
         info.size = len(data)
-        header = len(info.tobuf(self._tar.format, self._tar.encoding, self._tar.errors))
-        row = (name, len(self._shards) - 1, self._tar.offset + header, len(data), width, height, orientation)
+        header = len(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        tar = self._tar
+        if tar is None or (tar.offset and _closed_size(tar.offset + header + len(data)) > SHARD_BYTES):
+            tar = self._open_next()
+        row = (name, len(self._shards) - 1, tar.offset + header, len(data), width, height, orientation)
         for column, value in zip(self._columns.values(), (*row, hashlib.sha256(data).hexdigest()), strict=True):
             column.append(value)
-        self._tar.addfile(info, io.BytesIO(data))
+        tar.addfile(info, io.BytesIO(data))
 
-    def _open_next(self) -> None:
+    def _open_next(self) -> tarfile.TarFile:
         if self._tar is not None:
             self._tar.close()
-        self._shards.append(f"images-{len(self._shards):05d}.tar")
-        self._tar = tarfile.open(self._folder / self._shards[-1], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        path = self._folder / f"images-{len(self._shards):05d}.tar"
+        self._shards.append(path.name)
+        self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="strict")  # noqa: SIM115
+        return self._tar
 
-    def close(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-        document = {"shards": self._shards, "images": self._columns}
-        (self._folder / "index.json").write_text(json.dumps(document))
+
+def _closed_size(end_of_data: int) -> int:
+    """Bytes of a tar file whose last member ends here: padding, two empty blocks, and whole records."""
+    blocks = math.ceil(end_of_data / tarfile.BLOCKSIZE) + 2
+    return math.ceil(blocks * tarfile.BLOCKSIZE / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 class PreparedSplit:
@@ -236,9 +249,11 @@ class PreparedSplit:
                 orientations=np.array(columns["orientation"], dtype=np.int64),
                 sha256=tuple(columns["sha256"]),
             )
-        except (OSError, ValueError, KeyError) as error:
+            if len(self.index.sha256) != len(self.table):
+                raise ValueError(f"{len(self.table)} annotated images, {len(self.index.sha256)} in the index")
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DatasetError(
-                f"{folder}: not a split of a prepared dataset: {error}", hint="run validate_dataset again"
+                f"{folder}: not a split of a prepared dataset: {_reason(error)}", hint="run validate_dataset again"
             ) from error
         self._descriptors: dict[tuple[int, int], int] = {}  # (process, shard) -> file descriptor
 
@@ -246,12 +261,32 @@ class PreparedSplit:
         return len(self.table)
 
     def read_bytes(self, image: int) -> bytes:
-        """The encoded bytes of one image, by a single positioned read."""
-        shard = int(self.index.shard_of[image])
+        """The encoded bytes of one image, by a single positioned read.
+
+        Raises:
+            DatasetError: the shard is absent, unreadable or cut short.
+        """
+        shard, length = int(self.index.shard_of[image]), int(self.index.lengths[image])
+        path = self._folder / self.index.shards[shard]
         key = (os.getpid(), shard)
-        if key not in self._descriptors:
-            self._descriptors[key] = os.open(self._folder / self.index.shards[shard], os.O_RDONLY)
-        return os.pread(self._descriptors[key], int(self.index.lengths[image]), int(self.index.offsets[image]))
+        try:
+            if key not in self._descriptors:
+                self._descriptors[key] = os.open(path, os.O_RDONLY)
+            data = os.pread(self._descriptors[key], length, int(self.index.offsets[image]))
+        except OSError as error:
+            raise DatasetError(f"{path}: cannot be read: {error.strerror}", hint="prepare the dataset again") from error
+        if len(data) != length:
+            raise DatasetError(f"{path}: cut short within image {image}", hint="prepare the dataset again")
+        return data
+
+    def close(self) -> None:
+        """Close the shards that this process opened; the next read opens them again."""
+        for key in [key for key in self._descriptors if key[0] == os.getpid()]:
+            os.close(self._descriptors.pop(key))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):  # not if the constructor raised
+            self.close()
 
     def decode(self, image: int, *, at_least: int | None = None) -> Image.Image:
         """One image, RGB and upright."""
@@ -268,18 +303,20 @@ class PreparedDataset:
     def __init__(self, folder: Path) -> None:
         try:
             self.document: dict[str, Any] = json.loads((folder / "dataset.json").read_bytes())
-        except (OSError, ValueError) as error:
+            version = self.document["format_version"]
+            if version == FORMAT_VERSION:
+                self.digest = str(self.document["digest"])
+                self.class_map = ClassMap.from_json(self.document["classes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DatasetError(
-                f"{folder}: not a prepared dataset: {error}", hint="run validate_dataset first"
+                f"{folder}: not a prepared dataset: {_reason(error)}", hint="run validate_dataset first"
             ) from error
-        if self.document.get("format_version") != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise DatasetError(
-                f"{folder}: format version {self.document.get('format_version')}, this program reads {FORMAT_VERSION}",
+                f"{folder}: format version {version}, this program reads {FORMAT_VERSION}",
                 hint="prepare the dataset again",
             )
         self.folder = folder
-        self.digest = str(self.document["digest"])
-        self.class_map = ClassMap.from_json(self.document["classes"])
 
     def split(self, name: str) -> PreparedSplit:
         """Open train, valid or test."""
@@ -291,3 +328,8 @@ class PreparedDataset:
     def max_boxes_per_image(self) -> int:
         """Over the train split."""
         return int(self.document["splits"]["train"]["max_boxes_per_image"])
+
+
+def _reason(error: Exception) -> str:
+    """One line on why a file is not one of ours; a bare KeyError would only say a word."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -12,10 +12,13 @@ ROWS_SHOWN = 200  # per finding, in the page; report.json has all
 
 
 def report_json(source: str, report: Report, document: dict[str, Any] | None) -> dict[str, Any]:
-    """report.json: the verdict, all findings with all rows, and the dataset's numbers if it is usable."""
+    """report.json: the verdict, all findings with all rows, and the dataset's numbers if it is usable.
+
+    `document` is the content of dataset.json; None where the dataset could not be prepared.
+    """
     return {
         "source": source,
-        "usable": not report.errors,
+        "usable": document is not None and not report.errors,
         "findings": report.to_json(),
         "classes": document["classes"] if document else None,
         "splits": document["splits"] if document else None,
@@ -25,21 +28,22 @@ def report_json(source: str, report: Report, document: dict[str, Any] | None) ->
 def report_html(source: str, report: Report, document: dict[str, Any] | None) -> str:
     """report.html, self-contained."""
     findings = sorted(report.findings.values(), key=lambda f: ("error", "warning", "note").index(f.severity))
-    parts = [_verdict(report), html.note(f"Source: {source}")]
+    parts = [_verdict(report, document), html.note(f"Source: {source}")]
     if document:
         parts += [_splits(document), _classes(document)]
     parts.append(html.section("Findings", *(map(_finding, findings))))
     if not findings:
-        parts.append("<p>Nothing to remark.</p>")
+        unread = "The annotations could not be read: the log and the status of this stage say why."
+        parts.append(html.note("Nothing to remark." if document else unread))
     return html.page("Dataset report", *parts)
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Report, document: dict[str, Any] | None) -> str:
     kinds = dict.fromkeys(("error", "warning", "note"), 0)
     for finding in report.findings.values():
         kinds[finding.severity] += finding.count
     counts = f"{kinds['error']} errors, {kinds['warning']} warnings, {kinds['note']} notes"
-    if report.errors:
+    if report.errors or document is None:
         return html.verdict(f"Not usable: {counts}", "bad")
     return html.verdict(f"Usable: {counts}", "warn" if kinds["warning"] else "good")
 

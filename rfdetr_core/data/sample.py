@@ -33,22 +33,37 @@ def write_sample_dataset(
     An image depends only on (seed, split, index), so a larger set contains the smaller one.
 
     Raises:
-        ConfigError: a count below 1, a size below 32 px, or a folder that already holds something else.
+        ConfigError: a count below 1, a size below 32 px, a negative seed, or a folder that cannot be written or
+            already holds something else.
     """
-    for name, value, least in (("train", train, 1), ("valid", valid, 1), ("test", test, 1), ("size", size, 32)):
+    counts = dict(zip(SPLITS, (train, valid, test), strict=True))
+    for name, value, least in (*((s, n, 1) for s, n in counts.items()), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{name}: {value} is not allowed", hint=f"use {least} or more")
     if max_objects < 1:
         raise ConfigError(f"max_objects: {max_objects} is not allowed", hint="use 1 or more")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not an empty folder", hint="name a new folder with --out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        # Renamed when whole: an interrupted drawing leaves no folder that looks finished.
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists and is not an empty folder", hint="name a new folder with --out")
+        _write_splits(folder, counts, size, max_objects, seed)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror}", hint="name another folder") from error
+
+
+def _write_splits(folder: Path, counts: dict[str, int], size: int, max_objects: int, seed: int) -> None:
+    """Draw aside, and move when all is whole: an interrupted drawing leaves nothing that looks finished."""
+    exists = folder.exists()  # it may be a mounted volume, which cannot be replaced, only filled
+    beside = folder if exists else folder.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{folder.name}-") as scratch:
         drawn = Path(scratch) / "drawn"
-        for split, count in zip(SPLITS, (train, valid, test), strict=True):
+        for split, count in counts.items():
             _write_split(drawn / split, split, count, size, max_objects, seed)
-        drawn.rename(folder)
+        if exists:
+            for split in reversed(SPLITS):  # train last: without it, it is no dataset
+                (drawn / split).rename(folder / split)
+        else:
+            drawn.rename(folder)
 
 
 def _write_split(folder: Path, split: str, count: int, size: int, max_objects: int, seed: int) -> None:

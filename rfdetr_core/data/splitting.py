@@ -46,8 +46,7 @@ def fill_missing_splits(splits: dict[str, ValidSplit], report: Report) -> dict[s
         )
     for split in ("train", *missing):
         if not len(filled[split].table):
-            raise DatasetError(
-                f"train has too few images ({len(train.table)}) to take {' and '.join(missing)} from it",
-                hint=f"add images, or a {split}/ folder of your own",
-            )
+            message = f"train has too few images ({len(train.table)}) to take {' and '.join(missing)} from it"
+            report.add("too-few-images", "error", message, [f"{split}: none left"])
+            raise DatasetError(message, hint=f"add images, or a {split}/ folder of your own")
     return {split: filled[split] for split in SPLITS}

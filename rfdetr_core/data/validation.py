@@ -7,6 +7,7 @@ dropped or repaired, a *note* changes nothing. Nothing is dropped silently.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rfdetr_core.data.annotations import SPLITS, AnnotationTable, ClassMap
-from rfdetr_core.data.formats.coco import IMAGE_SUFFIXES, SourceCategory, SourceSplit
+from rfdetr_core.data.formats.coco import IMAGE_SUFFIXES, UNPRINTABLE, SourceCategory, SourceSplit
+from rfdetr_core.data.images import SWAPS_AXES, orientation_of, to_rgb
 from rfdetr_core.errors import DatasetError
 
 Severity = Literal["error", "warning", "note"]
 
-EXIF_ORIENTATION = 0x0112
-SWAPS_AXES = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
 CLIP_TOLERANCE = 2.0  # px a box may leave its image by before it is worth a word (training spec 2.5)
 
 
@@ -52,7 +52,7 @@ class Report:
 
     def add(self, code: str, severity: Severity, message: str, rows: Iterable[str]) -> None:
         """Record rows under a code; no rows, no finding."""
-        rows = list(rows)
+        rows = [_printable(row) for row in rows]
         if rows:
             self.findings.setdefault(code, Finding(code, severity, message)).rows.extend(rows)
 
@@ -87,6 +87,7 @@ class ImageFile:
     orientation: int  # the EXIF orientation to apply on decoding; 1 = as stored
     sha256: str
     bytes: int
+    exif_orientation: int = 1  # what the file asks for; another one than `orientation` if the boxes contradict it
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,33 @@ def build_class_map(train: SourceSplit) -> ClassMap:
     """Labels from the train split (training spec 2.3).
 
     Categories sorted by id; a category goes when another names it as its supercategory and no annotation
-    uses it (the parents that Roboflow adds). If all would go, all stay.
+    uses it (the parents that Roboflow adds; in a project of one class, parent and class may share their name).
+    If all would go, all stay.
 
     Raises:
-        DatasetError: no categories, or ids or names that occur twice.
+        DatasetError: no categories, an id that occurs twice, or a name that two of the remaining share.
     """
     categories = sorted(train.categories, key=lambda category: category.id)
     if not categories:
         raise DatasetError(f"{train.path}: no categories", hint="export the dataset with its class list")
-    for key, what in ((lambda c: c.id, "id"), (lambda c: c.name, "name")):
-        repeated = [value for value, n in Counter(map(key, categories)).items() if n > 1]
-        if repeated:
-            raise DatasetError(f"{train.path}: category {what} {repeated[0]!r} occurs twice", hint="make it unique")
+    _refuse_repeated(train, "id", [c.id for c in categories])
     used = set(np.unique(train.annotation_categories).tolist())
-    parents = {c.supercategory for c in categories if c.supercategory != c.name} - {"", "none", "null"}
-    kept = [c for c in categories if c.name not in parents or c.id in used] or categories
+    kept = [c for c in categories if c.id in used or not _is_parent(c, categories)] or categories
+    _refuse_repeated(train, "name", [c.name for c in kept])
     return ClassMap(tuple(c.id for c in kept), tuple(c.name for c in kept))
+
+
+def _is_parent(category: SourceCategory, categories: list[SourceCategory]) -> bool:
+    """Whether another category names it as its supercategory; some exporters write "none" or "null" for no parent."""
+    if category.name in ("none", "null"):
+        return False
+    return any(c.supercategory == category.name and c.id != category.id for c in categories)
+
+
+def _refuse_repeated(train: SourceSplit, what: str, values: list[Any]) -> None:
+    for value, n in Counter(values).items():
+        if n > 1:
+            raise DatasetError(f"{train.path}: category {what} {value!r} occurs twice", hint="make it unique")
 
 
 def validate(
@@ -134,7 +146,7 @@ def validate(
     Raises:
         DatasetError: with all errors in one line; `report` then holds every row.
     """
-    class_map = build_class_map(splits["train"])
+    class_map = _class_map(splits["train"], report)
     valid: dict[str, ValidSplit] = {}
     for name in SPLITS:
         if name not in splits:
@@ -143,6 +155,7 @@ def validate(
         _check_ids(source, report)
         _check_classes(source, class_map, splits["train"].categories, report)
         files = _decode_images(source, report, progress)
+        _check_orientations(source, files, report)
         _check_unlisted(source, report)
         if not report.errors:
             valid[name] = _to_table(source, class_map, files, report)
@@ -151,6 +164,22 @@ def validate(
     _check_content(valid, class_map, report)
     report.raise_errors(str(splits["train"].path.parent.parent))
     return class_map, valid
+
+
+def _class_map(train: SourceSplit, report: Report) -> ClassMap:
+    try:
+        class_map = build_class_map(train)
+    except DatasetError as error:
+        report.add("bad-categories", "error", "the list of classes cannot be used", [error.message])
+        raise
+    dropped = [c for c in train.categories if c.id not in class_map.source_ids]
+    report.add(
+        "category-dropped",
+        "note",
+        "category that only groups others and has no annotation: not a class",
+        (f"{train.name}: id {c.id} {c.name!r}" for c in dropped),
+    )
+    return class_map
 
 
 def _check_ids(source: SourceSplit, report: Report) -> None:
@@ -216,29 +245,45 @@ def _decode_images(
 
 def _decode(path: Path, declared: tuple[int, int]) -> ImageFile | str:
     """The image's facts, or why it cannot be used."""
+    data = b""
     try:
         data = path.read_bytes()
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             stored = image.size
-            orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
             # A scaled decode still walks through every byte, so truncation shows at a fraction of the cost.
             image.draft("RGB", (max(1, stored[0] // 8), max(1, stored[1] // 8)))
             image.load()
+            exif = orientation_of(image)
+            to_rgb(image)
     except FileNotFoundError:
         return "no such file"
     except Image.DecompressionBombError:
         return "too many pixels (a decompression bomb?)"
     except UnidentifiedImageError:
         return "no image format that Pillow knows" if data else "empty file"
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"{error}"
-    if orientation not in range(1, 9):
-        orientation = 1
-    displayed = (stored[1], stored[0]) if orientation in SWAPS_AXES else stored
-    if orientation in SWAPS_AXES and declared == stored != displayed:
+    except Exception as error:  # Pillow's decoders let a broken file raise whatever it leads them to
+        return str(error) or type(error).__name__
+    orientation, displayed = exif, (stored[1], stored[0]) if exif in SWAPS_AXES else stored
+    if exif in SWAPS_AXES and declared == stored != displayed:
         # The boxes were drawn on the stored frame: show it to the model as stored.
         orientation, displayed = 1, stored
-    return ImageFile(path, *displayed, orientation, hashlib.sha256(data).hexdigest(), len(data))
+    return ImageFile(path, *displayed, orientation, hashlib.sha256(data).hexdigest(), len(data), exif)
+
+
+def _check_orientations(source: SourceSplit, files: list[ImageFile | None], report: Report) -> None:
+    turned = [(name, f) for name, f in zip(source.file_names, files, strict=True) if f and f.exif_orientation != 1]
+    report.add(
+        "exif-orientation",
+        "note",
+        "image is stored turned or mirrored: shown upright, as its EXIF orientation says",
+        (f"{source.name}/{name}: {f.exif_orientation}" for name, f in turned if f.orientation == f.exif_orientation),
+    )
+    report.add(
+        "exif-ignored",
+        "warning",
+        "listed size is that of the image as stored: its EXIF orientation is ignored, so that its boxes fit",
+        (f"{source.name}/{name}: {f.exif_orientation}" for name, f in turned if f.orientation != f.exif_orientation),
+    )
 
 
 def _check_unlisted(source: SourceSplit, report: Report) -> None:
@@ -266,7 +311,8 @@ def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | 
     image_of = np.searchsorted(source.image_ids[order], source.annotation_images[rows])
     extent = np.stack([widths, heights, widths, heights], axis=1)[image_of].astype(np.float64)
     xywh = source.bboxes[rows]
-    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and refused as such
+        xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
     finite = np.isfinite(xyxy).all(axis=1)
     clipped = np.clip(np.where(finite[:, None], xyxy, 0.0), 0.0, extent)
@@ -286,7 +332,9 @@ def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | 
 
     keep = finite & ~empty
     boxes = clipped[keep]
-    areas = source.areas[rows][keep]
+    areas, usable = source.areas[rows], np.isfinite(source.areas[rows]) & (source.areas[rows] > 0)
+    wrong = keep & ~usable & ~np.isnan(areas)
+    report.add("area-replaced", "warning", "area is not a positive number: that of the box is used", describe(wrong))
     box_areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     counts = np.bincount(image_of[keep], minlength=len(order))
     label_of = {source_id: label for label, source_id in enumerate(class_map.source_ids)}
@@ -297,7 +345,7 @@ def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | 
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes=boxes,
         labels=np.array([label_of[c] for c in source.annotation_categories[rows][keep].tolist()], dtype=np.int64),
-        areas=np.where(np.isfinite(areas) & (areas > 0), areas, box_areas),
+        areas=np.where(usable[keep], areas[keep], box_areas),
         crowd=source.crowd[rows][keep],
     )
     return ValidSplit(table, tuple(sorted_files))
@@ -346,6 +394,13 @@ def _check_content(splits: dict[str, ValidSplit], class_map: ClassMap, report: R
         report.add("class-absent", "warning", "class without boxes", (f"{name}: {class_name}" for class_name in absent))
         unlabelled = table.file_names[table.counts == 0]
         report.add("no-objects", "note", "image without boxes: a negative", (f"{name}/{f}" for f in unlabelled))
+        in_image = np.repeat(np.arange(len(table)), table.counts)
+        crowds = table.file_names[in_image[table.crowd]]
         report.add(
-            "crowd", "note", "crowd region: ignored in training, kept for evaluation", [name] * int(table.crowd.sum())
+            "crowd", "note", "crowd region: ignored in training, kept for evaluation", (f"{name}/{f}" for f in crowds)
         )
+
+
+def _printable(text: str) -> str:
+    """One line that can be written as UTF-8: names on a disk may hold line breaks and stray bytes."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

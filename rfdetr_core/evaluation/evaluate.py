@@ -11,8 +11,9 @@ import torch
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.loading import LoaderSettings, eval_loader
 from rfdetr_core.data.prepared import PreparedSplit
+from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.inference import predict_split
-from rfdetr_core.evaluation.metrics import CocoMetrics, Detections, coco_metrics
+from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
 from rfdetr_core.models.weights import TrainedModel
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.data.loading import Batch
-from rfdetr_core.evaluation.metrics import Detections
+from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.models.postprocess import postprocess
 
 Outputs = dict[str, Tensor]

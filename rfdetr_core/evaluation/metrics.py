@@ -9,45 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rfdetr_core.data.annotations import AnnotationTable, ClassMap
+from rfdetr_core.evaluation.detections import Detections
+from rfdetr_core.evaluation.f1 import f1_sweep
+
+__all__ = ["COCO_MAX_DETS", "RECALLS", "CocoMetrics", "Detections", "coco_metrics"]
 
 COCO_MAX_DETS = (1, 10, 100)
-
-
-@dataclass(frozen=True)
-class Detections:
-    """D detections of a split as flat arrays; boxes x1, y1, x2, y2 in pixels of the displayed image."""
-
-    images: NDArray[np.int64]  # (D,) position of the image in the split's table
-    labels: NDArray[np.int64]  # (D,)
-    scores: NDArray[np.float64]  # (D,) in [0, 1]
-    boxes: NDArray[np.float64]  # (D, 4)
-
-    @classmethod
-    def concatenate(cls, parts: list[Detections]) -> Detections:
-        """One after the other; an empty list gives no detections."""
-        if not parts:
-            empty = np.empty(0, dtype=np.int64)
-            return cls(empty, empty, np.empty(0), np.empty((0, 4)))
-        return cls(
-            np.concatenate([p.images for p in parts]),
-            np.concatenate([p.labels for p in parts]),
-            np.concatenate([p.scores for p in parts]),
-            np.concatenate([p.boxes for p in parts]),
-        )
-
-    def to_coco(self, class_map: ClassMap) -> list[dict[str, Any]]:
-        """COCO results format, against the ids of `AnnotationTable.to_coco`."""
-        return [
-            {
-                "image_id": int(image) + 1,
-                "category_id": class_map.category_id(int(label)),
-                "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
-                "score": float(score),
-            }
-            for image, label, score, (x1, y1, x2, y2) in zip(
-                self.images, self.labels, self.scores, self.boxes, strict=True
-            )
-        ]
 
 
 @dataclass(frozen=True)
@@ -60,7 +27,11 @@ class CocoMetrics:
     map50: float  # AP 50 at max_dets
     map75: float  # AP 75 at max_dets
     mar: float  # AR 50:95 at max_dets
-    per_class: dict[str, dict[str, float]]  # name -> ap, ap50, ar, boxes
+    f1: float  # best mean F1 of the classes at IoU 0.5, over 101 score thresholds; at max_dets
+    f1_threshold: float  # the score threshold that gives it ...
+    precision: float  # ... and the mean precision
+    recall: float  # ... and recall there
+    per_class: dict[str, dict[str, float]]  # name -> ap, ap50, ar, f1 and f1_threshold (its own best), boxes
     precision50: NDArray[np.float64]  # (101, classes) precision at IoU 0.5 over RECALLS; -1 without ground truth
     scores50: NDArray[np.float64]  # (101, classes) the score at which that recall is reached
 
@@ -71,6 +42,10 @@ class CocoMetrics:
             "map50": self.map50,
             "map75": self.map75,
             "mar": self.mar,
+            "f1": self.f1,
+            "f1_threshold": self.f1_threshold,
+            "precision": self.precision,
+            "recall": self.recall,
             "max_dets": self.max_dets,
             "coco": self.coco,
             "per_class": self.per_class,
@@ -83,19 +58,21 @@ RECALLS: NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
 def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detections, *, max_dets: int) -> CocoMetrics:
     """Evaluate the detections of one split.
 
-    The twelve COCO numbers use [1, 10, 100] detections per image; `map`, `map50`, `map75`, `mar` and the
-    per-class values use exactly `max_dets` >= 1. Crowd regions absorb detections as in pycocotools.
+    The twelve COCO numbers use [1, 10, 100] detections per image and class; `map`, `map50`, `map75`, `mar`, the
+    F1 and the per-class values use exactly `max_dets` >= 1. Crowd regions absorb detections as in pycocotools.
     """
     evaluation = _evaluate(table, class_map, detections, sorted({*COCO_MAX_DETS, max_dets}))
     limits = list(evaluation.params.maxDets)
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     at = limits.index(max_dets)
     boxes = np.bincount(table.labels[~table.crowd], minlength=len(class_map))
+    sweep = f1_sweep(table, len(class_map), detections, max_dets=max_dets)
     per_class = {
         name: {
             "ap": _mean(precision[:, :, label, 0, at]),
             "ap50": _mean(precision[0, :, label, 0, at]),
             "ar": _mean(recall[:, label, 0, at]),
+            **sweep.best_of(label),
             "boxes": int(boxes[label]),
         }
         for label, name in enumerate(class_map.names)
@@ -107,6 +84,7 @@ def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detect
         map50=_mean(precision[0, ..., 0, at]),
         map75=_mean(precision[5, ..., 0, at]),
         mar=_mean(recall[..., 0, at]),
+        **sweep.best(),
         per_class=per_class,
         precision50=np.asarray(precision[0, :, :, 0, at]),
         scores50=np.asarray(evaluation.eval["scores"][0, :, :, 0, at]),

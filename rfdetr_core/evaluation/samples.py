@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.evaluation.metrics import Detections
+from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.html import COLOURS
 
 LONGEST_SIDE = 480  # px: small enough that a dozen fit into a page
@@ -17,7 +17,8 @@ def draw_sample(split: PreparedSplit, image: int, detections: Detections, class_
     """One image: annotated boxes thin and white, detections of score >= MIN_SCORE in the colour of their class."""
     picture = split.decode(image)
     scale = min(1.0, LONGEST_SIDE / max(picture.size))
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.BILINEAR)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for box in split.table.boxes[split.table.rows(image)]:
         draw.rectangle([float(v) * scale for v in box], outline="white", width=1)

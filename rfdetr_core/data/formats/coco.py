@@ -7,6 +7,7 @@ the content can be trained on is `validation.py`'s question.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ from rfdetr_core.errors import DatasetError
 
 ANNOTATION_FILE = "_annotations.coco.json"
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # cannot stand in a line of UTF-8
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def read_coco_split(split: str, path: Path) -> SourceSplit:
         annotation_categories=_integers(annotations, "annotations", "category_id", path),
         bboxes=_bboxes(annotations, path),
         areas=_areas(annotations, path),
-        crowd=_integers(annotations, "annotations", "iscrowd", path, absent=0) != 0,
+        crowd=_crowd(annotations, path),
         categories=_categories(categories, path),
     )
 
@@ -108,6 +110,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}", hint="export it again"
         ) from error
+    except ValueError as error:
+        raise DatasetError(f"{path}: not JSON: {error}", hint="export it again") from error
     except RecursionError as error:
         raise DatasetError(f"{path}: nested too deeply to be a COCO document", hint="export it again") from error
     if not isinstance(document, dict):
@@ -134,27 +138,47 @@ def _integers(
         value = row.get(key, absent)
         if value is None and absent is not None:
             value = absent
-        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-            value = int(value)  # some exporters write ids as text; the same number all the same
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if not whole or abs(int(value)) > 2**62:  # type: ignore[arg-type]
-            found = "absent" if key not in row else repr(value)[:40]
+        number = _whole_number(value)
+        if number is None:
+            found = "absent" if key not in row else _shown(value)
             raise DatasetError(f"{path}: {table}[{index}].{key} must be a whole number, found {found}")
-        values[index] = int(value)  # type: ignore[arg-type]
+        values[index] = number
     return values
 
 
+def _whole_number(value: Any) -> int | None:
+    """The value as an integer of less than 63 bits; some exporters write ids as text, or as 7.0."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,19}\s*", value, re.ASCII):
+        value = int(value)
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        return None
+    return int(value) if abs(value) < 2**62 else None
+
+
+def _crowd(rows: list[dict[str, Any]], path: Path) -> NDArray[np.bool_]:
+    # true and false say what 1 and 0 say; as an id they would be a mistake
+    plain = [{**row, "iscrowd": int(row["iscrowd"])} if isinstance(row.get("iscrowd"), bool) else row for row in rows]
+    return np.not_equal(_integers(plain, "annotations", "iscrowd", path, absent=0), 0)
+
+
+def _text(row: dict[str, Any], table: str, index: int, key: str, path: Path) -> str:
+    text = row.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise DatasetError(f"{path}: {table}[{index}].{key} must be a text, found {_shown(text)}")
+    if UNPRINTABLE.search(text):
+        raise DatasetError(f"{path}: {table}[{index}].{key} {_shown(text)} holds an unprintable character")
+    return text
+
+
 def _file_name(row: dict[str, Any], index: int, path: Path) -> str:
-    name = row.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise DatasetError(f"{path}: images[{index}].file_name must be a text, found {name!r}")
+    name = _text(row, "images", index, "file_name", path)
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise DatasetError(
-            f"{path}: images[{index}].file_name {name!r} leaves its split's folder",
+            f"{path}: images[{index}].file_name {_shown(name)} leaves its split's folder",
             hint="use names relative to the annotation file, with /",
         )
-    return name
+    return str(relative)  # "./a.jpg" is the same file as "a.jpg"
 
 
 def _bboxes(rows: list[dict[str, Any]], path: Path) -> NDArray[np.float64]:
@@ -163,7 +187,7 @@ def _bboxes(rows: list[dict[str, Any]], path: Path) -> NDArray[np.float64]:
         bbox = row.get("bbox")
         if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(v) for v in bbox)):
             raise DatasetError(
-                f"{path}: annotations[{index}].bbox must be four numbers x, y, w, h, found {str(bbox)[:60]}"
+                f"{path}: annotations[{index}].bbox must be four numbers x, y, w, h, found {_shown(bbox)}"
             )
         boxes[index] = bbox
     return boxes
@@ -176,7 +200,7 @@ def _areas(rows: list[dict[str, Any]], path: Path) -> NDArray[np.float64]:
         if area is None:
             continue
         if not _is_number(area):
-            raise DatasetError(f"{path}: annotations[{index}].area must be a number, found {str(area)[:40]}")
+            raise DatasetError(f"{path}: annotations[{index}].area must be a number, found {_shown(area)}")
         areas[index] = area
     return areas
 
@@ -185,9 +209,7 @@ def _categories(rows: list[dict[str, Any]], path: Path) -> tuple[SourceCategory,
     ids = _integers(rows, "categories", "id", path)
     categories = []
     for index, row in enumerate(rows):
-        name = row.get("name")
-        if not isinstance(name, str) or not name:
-            raise DatasetError(f"{path}: categories[{index}].name must be a text, found {name!r}")
+        name = _text(row, "categories", index, "name", path)
         categories.append(SourceCategory(int(ids[index]), name, str(row.get("supercategory") or "")))
     return tuple(categories)
 
@@ -198,6 +220,12 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, int):
         return abs(value) < 10**300  # beyond that the conversion to float64 overflows
     return isinstance(value, float)  # NaN and infinity are numbers here; validation refuses them
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, short and on one line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def _kind(value: Any) -> str:
