@@ -173,7 +173,7 @@ def _text(row: dict[str, Any], table: str, index: int, key: str, path: Path) -> 
 def _file_name(row: dict[str, Any], index: int, path: Path) -> str:
     name = _text(row, "images", index, "file_name", path)
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+    if not relative.parts or relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise DatasetError(
             f"{path}: images[{index}].file_name {_shown(name)} leaves its split's folder",
             hint="use names relative to the annotation file, with /",
