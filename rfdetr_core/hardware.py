@@ -51,7 +51,8 @@ def keep_freed_memory() -> bool:
     try:
         libc = ctypes.CDLL(None)
         settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 << 20))
-        return all([libc.mallopt(option, value) == 1 for option, value in settings])
+        agreed = [libc.mallopt(option, value) == 1 for option, value in settings]
+        return all(agreed)
     except (OSError, AttributeError):
         return False  # another C library: nothing to tell, nothing lost
 

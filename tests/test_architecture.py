@@ -101,7 +101,9 @@ def test_the_slim_stages_never_load_torch_or_kfp() -> None:
         slim |= {i for i in found if i in paths} - seen
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import rfdetr_core"], ["-m", "components.validate_dataset.stage", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import rfdetr_core"], ["-m", "components.validate_dataset.stage", "--help"]]
+)
 def test_returns_in_under_a_second(arguments: list[str]) -> None:
     seconds = []
     for _ in range(3):  # the best of three: other work on the machine is not what is measured

@@ -102,9 +102,7 @@ def test_the_first_stage_stores_the_resolved_config_and_later_ones_read_it(
     assert "read by the first stage only" in capsys.readouterr().out
 
 
-def test_the_same_command_twice_does_the_work_once(
-    run: Path, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_command_twice_does_the_work_once(run: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first(run, config, writes("a.txt", "A")) == 0
     assert first(run, config, must_not_run) == 0
     assert "already done" in capsys.readouterr().out

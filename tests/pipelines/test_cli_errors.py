@@ -76,9 +76,7 @@ def test_an_assignment_without_equals_sign(config: Path) -> None:
 def test_a_run_id_that_is_none(config: Path) -> None:
     code, output = run(config, "--run-id", "Upper Case")
     assert code == 2
-    assert output == (
-        "error: --run-id: 'Upper Case' is not allowed (a-z, 0-9 and -, at most 63, such as nightly-7)\n"
-    )
+    assert output == ("error: --run-id: 'Upper Case' is not allowed (a-z, 0-9 and -, at most 63, such as nightly-7)\n")
 
 
 def test_debug_shows_the_traceback(config: Path) -> None:
