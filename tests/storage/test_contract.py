@@ -199,9 +199,9 @@ def test_deleting_a_tree_spares_the_file_of_its_name(root: Location) -> None:
     assert (root / "a").exists()
 
 
-def test_more_than_a_page_of_files(remote_root: Location, tmp_path: Path) -> None:
+def test_more_than_a_page_of_files(s3_root: Location, tmp_path: Path) -> None:
     """S3 lists and deletes at most 1000 at once."""
-    root = remote_root
+    root = s3_root
     folder = tmp_path / "many"
     folder.mkdir()
     names = [f"{i:04d}.txt" for i in range(1005)]
@@ -215,8 +215,9 @@ def test_more_than_a_page_of_files(remote_root: Location, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("progress", [True, None])
 def test_progress_is_shown_when_asked_for(
-    root: Location, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool | None
+    s3_root: Location, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool | None
 ) -> None:
+    root = s3_root
     root.upload_tree(tree, progress=progress)
     up = capsys.readouterr().err
     root.download_tree(tmp_path / "copy", progress=progress)

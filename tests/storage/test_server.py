@@ -118,6 +118,32 @@ with server:
     assert gone_within(pid, 5)
 
 
+def test_ctrl_c_leaves_time_to_store_something(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to all processes of the group; the server goes only when the block is left."""
+    program = """
+import os, sys, time
+from pathlib import Path
+from pipelines.s3_server import LocalS3Server
+from rfdetr_core.storage import location
+with LocalS3Server(Path(sys.argv[1]), bucket="demo") as environment:
+    os.environ.update(environment)
+    try:
+        print("started", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.3)
+        (location("s3://demo") / "last-words").write_bytes(b"stored")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.wait(20) == 0
+    assert (tmp_path / "demo/last-words").read_bytes() == b"stored"
+
+
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "rclone"
     broken.write_text("#!/bin/sh\necho first\necho cannot bind the address >&2\nexit 1\n")
@@ -164,3 +190,4 @@ def test_environment_names_the_store_and_nothing_else(tmp_path: Path) -> None:
         assert environment["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL_S3"]
         assert environment["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1:")
         assert environment["AWS_REGION"] == "us-east-1"
+        assert environment["AWS_SESSION_TOKEN"] == ""  # a foreign one would be sent with our keys
