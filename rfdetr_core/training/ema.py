@@ -21,6 +21,10 @@ class ModelEMA:
     def __init__(self, model: nn.Module, *, decay: float, tau: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, 0
+        # Walking through the modules costs more than the average itself, and the tensors stay the same objects.
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def effective_decay(self, update: int) -> float:
         """d of update number `update` (1-based)."""
@@ -29,18 +33,14 @@ class ModelEMA:
         return self.decay * (1 - math.exp(-update / self.tau)) if self.tau > 0 else self.decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Take the model's present weights into the average."""
         self.updates += 1
         decay = self.effective_decay(self.updates)
-        averages, weights = [], []
-        for average, weight in zip(_tensors(self.module), _tensors(model), strict=True):
-            if average.is_floating_point() and decay > 0:
-                averages.append(average)
-                weights.append(weight)
-            else:
-                average.copy_(weight)
-        if averages:
+        for average, weight in self._copied if decay > 0 else self._copied + self._averaged:
+            average.copy_(weight)
+        if decay > 0:
+            averages, weights = zip(*self._averaged, strict=True)
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
 

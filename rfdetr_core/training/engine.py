@@ -82,7 +82,7 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and (global_step + 1) % self.ema_update_interval == 0:
-            self.ema.update(self.raw_model)
+            self.ema.update()
         return means
 
     def _accumulate(self, window: Sequence[Batch]) -> dict[str, Tensor]:

@@ -85,11 +85,20 @@ def _bar(style: str | None, total: int, done: int) -> Any:
         return None
     if style == "rich":
         from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.table import Column
         from tqdm.rich import tqdm_rich
 
+        columns = (
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=False)),  # a narrow terminal wraps it
+        )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TqdmExperimentalWarning)  # of its look, which is what was asked for
-            return tqdm_rich(total=total, initial=done, unit="step", options={"console": Console(stderr=True)})
+            warnings.simplefilter("ignore", TqdmExperimentalWarning)  # of its look, which is given here
+            options = {"console": Console(stderr=True)}
+            return tqdm_rich(total=total, initial=done, unit="step", progress=columns, options=options)
     return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
 

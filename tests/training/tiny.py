@@ -19,6 +19,9 @@ from rfdetr_core.training.loop import TrainingJob
 MODEL: dict[str, Any] = {
     "variant": "pico",
     "resolution": 32,
+    "hidden_dim": 32,
+    "dim_feedforward": 32,
+    "out_feature_indexes": (1, 2),
     "num_queries": 8,
     "num_select": 8,
     "group_detr": 2,
