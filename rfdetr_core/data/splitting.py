@@ -27,7 +27,7 @@ def fill_missing_splits(splits: dict[str, ValidSplit], report: Report) -> dict[s
     """Take each absent split's images out of train.
 
     Raises:
-        DatasetError: train is too small to give every split an image.
+        DatasetError: train is too small to give every split an image and keep a box.
     """
     missing = [split for split in SPLITS if split not in splits]
     if not missing:
@@ -49,4 +49,8 @@ def fill_missing_splits(splits: dict[str, ValidSplit], report: Report) -> dict[s
             message = f"train has too few images ({len(train.table)}) to take {' and '.join(missing)} from it"
             report.add("too-few-images", "error", message, [f"{split}: none left"])
             raise DatasetError(message, hint=f"add images, or a {split}/ folder of your own")
+    if filled["train"].table.crowd.all():  # also true of no box at all
+        message = f"train has no usable box left after {' and '.join(missing)} were taken from it"
+        report.add("no-boxes", "error", "train has no usable box", [message])
+        raise DatasetError(message, hint="annotate more images, or give the splits of your own")
     return {split: filled[split] for split in SPLITS}
