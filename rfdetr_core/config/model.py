@@ -16,15 +16,21 @@ from rfdetr_core.config.resolution import legal_resolution, nearest_resolutions
 
 
 class EncoderSize(NamedTuple):
-    """Width, depth (blocks) and attention heads of a ViT encoder."""
+    """Width, depth (blocks) and attention heads of a ViT encoder, and how its weights are drawn from scratch.
+
+    The standard deviations are DINOv2's; at a width of 128 they leave so little signal in every branch that
+    the first epochs are spent on growing it.
+    """
 
     width: int
     depth: int
     heads: int
+    weight_std: float = 0.02
+    position_std: float = 0.02
 
 
 ENCODERS: dict[str, EncoderSize] = {
-    "dinov2_windowed_pico": EncoderSize(width=128, depth=6, heads=4),  # ours: demos and tests on a CPU
+    "dinov2_windowed_pico": EncoderSize(width=128, depth=6, heads=4, weight_std=0.06, position_std=0.3),  # ours
     "dinov2_windowed_small": EncoderSize(width=384, depth=12, heads=6),
     "dinov2_registers_windowed_small": EncoderSize(width=384, depth=12, heads=6),
     "dinov2_windowed_base": EncoderSize(width=768, depth=12, heads=12),

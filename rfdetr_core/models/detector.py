@@ -46,6 +46,8 @@ class Backbone(nn.Module):
                 width=size.width,
                 depth=size.depth,
                 heads=size.heads,
+                weight_std=size.weight_std,
+                position_std=size.position_std,
                 patch_size=config.patch_size,
                 num_windows=config.num_windows,
                 table_side=config.positional_encoding_size,

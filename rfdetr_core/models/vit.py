@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _NORM_EPS = 1e-6
-_INIT_STD = 0.02
 
 
 class PatchEmbeddings(nn.Module):
@@ -48,8 +47,6 @@ class Embeddings(nn.Module):
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.num_prefix = 1 + registers
-        nn.init.trunc_normal_(self.cls_token, std=_INIT_STD)
-        nn.init.trunc_normal_(self.position_embeddings, std=_INIT_STD)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The positional table (1, 1 + h*w, width) for a grid of h x w patches; differentiable."""
@@ -197,6 +194,8 @@ class WindowedViT(nn.Module):
         windowed_blocks: Sequence[int],
         registers: int = 0,
         channels: int = 3,
+        weight_std: float = 0.02,
+        position_std: float = 0.02,
         drop_path: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -223,7 +222,13 @@ class WindowedViT(nn.Module):
             ]
         )
         self.layernorm = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.apply(_init_linear)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=weight_std)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.embeddings.cls_token, std=position_std)
+        nn.init.trunc_normal_(self.embeddings.position_embeddings, std=position_std)
 
     def forward(self, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Images (B, channels, H, W), h x w patches, to maps (B, h, w, width) in the order of the depths."""
@@ -243,10 +248,3 @@ class WindowedViT(nn.Module):
         n, (h, w), width = self.embeddings.num_windows, grid, x.shape[-1]
         patches = self.layernorm(x[:, self.embeddings.num_prefix :])
         return patches.reshape(-1, n, n, h // n, w // n, width).transpose(2, 3).reshape(-1, h, w, width)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=_INIT_STD)
-        assert module.bias is not None
-        nn.init.zeros_(module.bias)
