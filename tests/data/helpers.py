@@ -44,7 +44,7 @@ def document(
     return {
         "images": [image_row()] if images is None else list(images),
         "annotations": [annotation()] if annotations is None else list(annotations),
-        "categories": CATEGORIES if categories is None else list(categories),
+        "categories": list(CATEGORIES if categories is None else categories),
     }
 
 

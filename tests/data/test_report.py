@@ -1,0 +1,85 @@
+"""report.json and report.html of a dataset."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+from rfdetr_core.data.prepared import PrepareOptions, write_prepared
+from rfdetr_core.data.report import ROWS_SHOWN, report_html, report_json
+from rfdetr_core.data.validation import Report
+from tests.data.helpers import annotation, document, image_row, validated, write_dataset
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def test_a_usable_dataset(tmp_path: Path) -> None:
+    write_dataset(
+        tmp_path / "s",
+        document(
+            [image_row(), image_row(2, "<b>bold</b>.png")],
+            [annotation(1), annotation(2, category=2), annotation(3, bbox=(5, 5, 0, 9))],
+            [{"id": 1, "name": "<script>alert(1)</script>"}, {"id": 2, "name": 'a "quoted" & one'}],
+        ),
+        document(categories=[]),
+    )
+    class_map, splits, report = validated(tmp_path / "s")
+    (tmp_path / "p").mkdir()
+    content = write_prepared(tmp_path / "p", class_map, splits, PrepareOptions(None), source="s3://b/<data>")
+
+    found = report_json("s3://b/<data>", report, content)
+    assert found["usable"] is True
+    assert found["classes"] == class_map.to_json() and found["splits"] == content["splits"]
+    assert {f["code"]: f["count"] for f in found["findings"]} == {
+        "box-empty": 1, "class-absent": 1, "no-objects": 1
+    }  # fmt: skip
+
+    html = report_html("s3://b/<data>", report, content)
+    page = Page(html)
+    assert "script" not in page.tags and "http" not in html and "<b>bold" not in html
+    for text in ("<script>alert(1)</script>", 'a "quoted" & one', "<b>bold</b>.png", "s3://b/<data>"):
+        assert text in page.text
+    assert "Usable: 0 errors, 2 warnings, 1 notes" in page.text
+    assert "train/a.png: annotation 3 [5.0, 5.0, 0.0, 9.0]" in page.text
+
+
+def test_errors_come_first_and_open() -> None:
+    report = Report()
+    report.add("crowd", "note", "a note", ["train"])
+    report.add("box-empty", "warning", "a warning", ["row"])
+    report.add("unknown-image", "error", "an error", [f"row {i}" for i in range(ROWS_SHOWN + 3)])
+    html = report_html("source", report, None)
+    text = Page(html).text
+    assert text.index("an error") < text.index("a warning") < text.index("a note")
+    assert html.count("<details open>") == 1
+    assert f"Not usable: {ROWS_SHOWN + 3} errors, 1 warnings, 1 notes" in text
+    assert f"row {ROWS_SHOWN - 1}" in text and f"row {ROWS_SHOWN} " not in text
+    assert "… 3 more in report.json" in text
+    assert report_json("source", report, None)["usable"] is False
+    assert len(report_json("source", report, None)["findings"][2]["rows"]) == ROWS_SHOWN + 3
+
+
+def test_a_dataset_that_could_not_even_be_read_is_not_called_usable() -> None:
+    """The reader raises before anything is found."""
+    assert report_json("source", Report(), None)["usable"] is False
+    text = Page(report_html("source", Report(), None)).text
+    assert "Not usable: 0 errors" in text and "could not be read" in text
+    assert "Nothing to remark" not in text
