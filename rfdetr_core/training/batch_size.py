@@ -130,7 +130,7 @@ def _probe(model: ModelConfig, train: TrainConfig, images: int, max_boxes: int) 
 def _double(search: _Search, train: TrainConfig, images: int) -> StoppedBy:
     """1, 1, 2, 4, ... until memory or a bound says stop; returns which. The first step warms up."""
     started = time.monotonic()
-    on_cpu = search.engine.device.type == "cpu"
+    on_cpu = _on_cpu(search.engine.device)
     try:
         search.attempt(1)
         search.attempt(1)
@@ -156,6 +156,11 @@ def _double(search: _Search, train: TrainConfig, images: int) -> StoppedBy:
         except DeviceMemoryError:
             return "memory"
         batch_size = doubled
+
+
+def _on_cpu(device: torch.device) -> bool:
+    """Where memory is shared with everything else and a failure ends the process: look ahead instead of trying."""
+    return device.type == "cpu"
 
 
 def _tell_effective(effective: int, target: int) -> None:

@@ -79,8 +79,10 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="train first") from error
     except Exception as error:  # a torn file shows as any of a dozen types, by where it is torn
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint: {reason}", hint="train again") from error
+        reason = str(error).partition("\n")[0][:150] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: {reason}", hint="remove it, and train again"
+        ) from error
     found = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or found != FORMAT_VERSION:
         raise CheckpointError(

@@ -30,8 +30,8 @@ from rfdetr_core.training.state import (
     Publish,
     TrainingJob,
     best_source,
-    forget_lost_files,
     keep_best,
+    mend_best_files,
     monitored,
     restore,
     resumable,
@@ -91,7 +91,7 @@ def train(
     stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
     if content is not None:
         restore(content, engine, stopping, position)
-        forget_lost_files(job, position)
+        mend_best_files(job, position.best, publish)
     del content  # weights, moments and average once more, in host memory
     metrics_log.begin(job.output, position.history)
 
@@ -171,7 +171,7 @@ def train(
             if position.epoch % config.checkpoint_interval == 0:
                 save(job, engine, position, stopping, periodic_name(position.epoch - 1), publish)
 
-    if not position.best:  # lost after the last epoch (see forget_lost_files): the weights at hand are the best
+    if not position.best:  # lost after the last epoch (see mend_best_files): the weights at hand are the best
         scores = _evaluate(job, engine, valid_split, valid_loader, stop_requested)
         if scores is None:
             raise _terminated(position)
@@ -304,10 +304,17 @@ def _metric_row(scores: dict[Source, CocoMetrics], *, per_class: bool) -> dict[s
     row: dict[str, float] = {}
     for source, metrics in scores.items():
         prefix = "val/ema_" if source == "ema" else "val/"
-        row[f"{prefix}mAP_50_95"] = metrics.map
-        row[f"{prefix}mAP_50"] = metrics.map50
-        row[f"{prefix}mAP_75"] = metrics.map75
-        row[f"{prefix}mAR"] = metrics.mar
+        numbers = {
+            "mAP_50_95": metrics.map,
+            "mAP_50": metrics.map50,
+            "mAP_75": metrics.map75,
+            "mAR": metrics.mar,
+            "F1": metrics.f1,
+            "F1_threshold": metrics.f1_threshold,
+            "precision": metrics.precision,
+            "recall": metrics.recall,
+        }
+        row |= {prefix + name: value for name, value in numbers.items()}
         if per_class:
             row |= {f"{prefix}AP/{name}": v["ap"] for name, v in metrics.per_class.items() if v["ap"] >= 0}
     return row

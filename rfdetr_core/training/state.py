@@ -122,19 +122,25 @@ def _misfit(error: Exception) -> CheckpointError:
     )
 
 
-def forget_lost_files(job: TrainingJob, position: Position) -> None:
-    """Drop the best scores whose weights are not there, so that the next evaluation counts as the first.
+def mend_best_files(job: TrainingJob, best: dict[Source, dict[str, float]], publish: Publish) -> None:
+    """Make files and record agree: weights that were lost leave `best`, and the best overall is what it says.
 
     Files reach a store one by one: a pod may be lost when it has the newest checkpoint, but not yet the best
-    weights that this checkpoint tells of.
+    weights that this checkpoint tells of. Then the next evaluation counts as the first.
     """
-    total = best_source(position.best) if position.best else None
-    for source, best in list(position.best.items()):
-        for name in (checkpoint.best_name(source), *([BEST_TOTAL] if source == total else [])):
-            path = job.checkpoints / name
-            if not path.exists() or checkpoint.load(path)["epoch"] < best["epoch"]:
-                log.warning("%s of epoch %d was lost: the next evaluation replaces it", name, int(best["epoch"]) + 1)
-                position.best.pop(source, None)
+    for source, record in list(best.items()):
+        path = job.checkpoints / checkpoint.best_name(source)
+        if not path.exists() or checkpoint.load(path)["epoch"] < record["epoch"]:
+            log.warning("%s of epoch %d was lost: the next evaluation counts", path.name, int(record["epoch"]) + 1)
+            del best[source]
+    if not best:
+        return
+    total, source = job.checkpoints / BEST_TOTAL, best_source(best)
+    content = checkpoint.load(job.checkpoints / checkpoint.best_name(source))
+    found = checkpoint.load(total) if total.exists() else {}
+    if (found.get("source"), found.get("epoch")) != (source, content["epoch"]):
+        checkpoint.save(content, total)
+        publish(total)
 
 
 def best_source(best: Mapping[Source, Mapping[str, float]]) -> Source:
