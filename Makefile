@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint compile lock clean
+.PHONY: help setup demo test test-long lint compile lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(READY) ## Run the whole DAG on drawn shapes: dataset in, promoted ONNX m
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-long: demo ## Run the demo, check what it learned, and run the DAG on real images where they are
+	$(BIN)/python -m pytest -o addopts="-ra" tests/long
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

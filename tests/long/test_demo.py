@@ -1,0 +1,33 @@
+"""What `make demo` left: run by `make test-long`, after the demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[2] / "runs" / "s3" / "rfdetr" / "runs" / "demo"
+
+
+@pytest.fixture
+def run() -> Path:
+    if not (RUN / "promote" / "decision.json").exists():
+        pytest.skip("no finished demo under runs/: run `make demo` first")
+    return RUN
+
+
+def test_the_model_learns_the_shapes_from_scratch(run: Path) -> None:
+    candidate = json.loads((run / "evaluate" / "metrics.json").read_text())["candidate"]
+    assert candidate["map50"] >= 0.65
+
+
+def test_it_is_the_champion(run: Path) -> None:
+    assert json.loads((run / "promote" / "decision.json").read_text())["outcome"] == "promote"
+    champion = json.loads((run.parents[1] / "models" / "shapes" / "champion.json").read_text())
+    assert champion["version"] == "demo"
+
+
+def test_training_took_at_most_five_minutes(run: Path) -> None:
+    """Of the time that the training itself measured; a loaded machine may break it, which is then worth knowing."""
+    assert json.loads((run / "train" / "result.json").read_text())["seconds"] <= 300
