@@ -7,7 +7,10 @@ import io
 import numpy as np
 from PIL import Image
 
-SWAPS_AXES = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
+# EXIF orientations that exchange width and height, and those whose turning reverses the displayed x or y.
+SWAPS_AXES = frozenset({5, 6, 7, 8})
+REVERSES_X = frozenset({2, 3, 6, 7})
+REVERSES_Y = frozenset({3, 4, 7, 8})
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {

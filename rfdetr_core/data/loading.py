@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rfdetr_core.data.images import REVERSES_X, REVERSES_Y
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.data.transforms import View, draw_view, normalise, to_square, view_boxes
 
@@ -70,15 +71,29 @@ class TrainImages(Dataset[Any]):
         width, height = int(table.widths[draw.image]), int(table.heights[draw.image])
         view = draw_view(rng, width, height, scale_jitter=self._scale_jitter, flip=self._flip)
         # The window ends at `side` pixels: decode no more than what the resampling can use.
-        zoom = min(view.width / width, view.height / height)
-        image = self._split.decode(draw.image, at_least=math.ceil(draw.side / zoom))
-        # A scaled decode shrinks by a whole number; its last row and column may reach beyond the image.
-        shrink = round(width / image.width)
-        on_decoded = View(view.left / shrink, view.top / shrink, view.width / shrink, view.height / shrink, view.flip)
+        at_least = math.ceil(draw.side * min(width, height) / min(view.width, view.height))
+        image = self._split.decode(draw.image, at_least=at_least)
+        on_decoded = _on_decoded(view, image.size, (width, height), int(self._split.index.orientations[draw.image]))
         rows = table.rows(draw.image)
         usable = ~table.crowd[rows]
         boxes, kept = view_boxes(table.boxes[rows][usable], view)
         return to_square(image, draw.side, on_decoded), boxes, table.labels[rows][usable][kept], draw.image
+
+
+def _on_decoded(view: View, decoded: tuple[int, int], whole: tuple[int, int], orientation: int) -> View:
+    """A window of the whole image (width, height in pixels) in pixels of its scaled decode.
+
+    That shrinks by a whole number, and its last row and column reach beyond the image where its sides are no
+    multiples; turned upright, they may be the first ones.
+    """
+    shrink = round(whole[0] / decoded[0])
+    return View(
+        view.left / shrink + (decoded[0] - whole[0] / shrink if orientation in REVERSES_X else 0.0),
+        view.top / shrink + (decoded[1] - whole[1] / shrink if orientation in REVERSES_Y else 0.0),
+        view.width / shrink,
+        view.height / shrink,
+        view.flip,
+    )
 
 
 class EvalImages(Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,20 @@ from rfdetr_core.data.validation import Report, ValidSplit, validate
 
 Box = tuple[float, float, float, float]
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+STORED_BY = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+"""Turning an upright image by the second orientation gives what a file with the first one holds."""
 
 
 def picture(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
     """Noise that no other seed gives."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def image_row(image_id: Any = 1, name: Any = "a.png", width: int = 64, height: int = 48) -> dict[str, Any]:

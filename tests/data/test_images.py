@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from rfdetr_core.data.images import decode_image, orientation_of
-from tests.data.helpers import annotation, document, image_row, picture, validated, write_dataset
+from tests.data.helpers import (
+    STORED_BY,
+    annotation,
+    document,
+    encoded,
+    image_row,
+    picture,
+    validated,
+    write_dataset,
+)
 
 ORIENTATION = 0x0112
-STORES = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
-"""Turning an image by the second orientation gives what a file with the first one holds."""
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def exif(orientation: Any) -> Image.Exif:
@@ -41,7 +42,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 def stored(upright: Image.Image, orientation: int, kind: str) -> bytes:
     """A file that shows `upright` to whoever respects its EXIF orientation."""
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-    held = turned(upright, STORES[orientation]) if orientation != 1 else upright
+    held = turned(upright, STORED_BY[orientation])
     return encoded(held, kind, exif=exif(orientation), **options)
 
 

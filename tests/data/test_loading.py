@@ -1,0 +1,407 @@
+"""Batches: which images, in which order, with which boxes; and how workers are run."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from rfdetr_core.data.images import decode_image
+from rfdetr_core.data.loading import (
+    Batch,
+    Draw,
+    EpochSampler,
+    EvalImages,
+    LoaderSettings,
+    TrainImages,
+    collate,
+    eval_loader,
+    train_loader,
+)
+from rfdetr_core.data.prepared import PreparedSplit
+from rfdetr_core.data.transforms import normalise, to_square
+from tests.data.helpers import (
+    STORED_BY,
+    annotation,
+    document,
+    encoded,
+    grid_dataset,
+    image_row,
+    prepared,
+    write_dataset,
+)
+
+CPU = torch.device("cpu")
+ALONE = LoaderSettings(0, None, None, None)
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 on any fork
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> PreparedSplit:
+    folder = tmp_path_factory.mktemp("loading")
+    return prepared(grid_dataset(folder / "source", 10), folder / "prepared").split("train")
+
+
+def sampler_of(images: int, batch: int, accum: int, *, seed: int = 3, scales: Any = (32, 64, 96)) -> EpochSampler:
+    return EpochSampler(images, batch_size=batch, grad_accum_steps=accum, seed=seed, scales=scales)
+
+
+def drawn(sampler: EpochSampler, epoch: int, step: int = 0) -> list[list[Draw]]:
+    sampler.start(epoch, step)
+    return list(sampler)
+
+
+# ---- which images (training spec 4.5) ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "accum", "micro_batches", "steps"),
+    [(64, 4, 3, 18, 6), (64, 8, 1, 8, 8), (60, 4, 3, 15, 5), (59, 4, 3, 15, 5), (61, 4, 3, 18, 6), (1, 2, 2, 10, 5)],
+)
+def test_the_length_of_an_epoch(images: int, batch: int, accum: int, micro_batches: int, steps: int) -> None:
+    sampler = sampler_of(images, batch, accum)
+    batches = drawn(sampler, 0)
+    assert len(batches) == len(sampler) == micro_batches
+    assert sampler.steps_per_epoch == steps
+    assert all(len(one) == batch for one in batches)
+
+
+def images_of(batches: list[list[Draw]]) -> list[int]:
+    return [draw.image for one in batches for draw in one]
+
+
+def test_every_image_is_seen_and_the_padding_is_drawn_once() -> None:
+    """64 images in steps of 12: 72 draws, 8 of them a second time, the same ones in every epoch and for every seed."""
+    extra = set()
+    for seed, epoch in ((3, 0), (3, 1), (4, 0)):
+        counts = Counter(images_of(drawn(sampler_of(64, 4, 3, seed=seed), epoch)))
+        assert set(counts) == set(range(64)) and sum(counts.values()) == 72
+        extra.add(tuple(sorted((counts - Counter(range(64))).elements())))
+    assert len(extra) == 1
+
+
+def test_a_tiny_set_is_drawn_with_replacement() -> None:
+    """59 images and a step of 12: 60 draws, of which about 63 % differ; 60 images: each once."""
+    counts = Counter(images_of(drawn(sampler_of(59, 4, 3), 0)))
+    assert sum(counts.values()) == 60 and 25 < len(counts) < 50
+    assert Counter(images_of(drawn(sampler_of(60, 4, 3), 0))) == Counter(range(60))
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    sampler = sampler_of(64, 4, 3)
+    epochs = [drawn(sampler, epoch) for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert drawn(sampler_of(64, 4, 3), 1) == epochs[1]
+    assert images_of(drawn(sampler_of(64, 4, 3, seed=4), 0)) != images_of(epochs[0])
+    assert images_of(epochs[0]) != sorted(images_of(epochs[0]))
+    assert all(draw.epoch == epoch for epoch in (0, 1) for one in epochs[epoch] for draw in one)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 6])
+def test_an_epoch_entered_midway_is_the_rest_of_it(step: int) -> None:
+    sampler = sampler_of(64, 4, 3)
+    rest = drawn(sampler, 2, step)
+    assert len(sampler) == len(rest) == (6 - step) * 3
+    assert rest == drawn(sampler, 2)[step * 3 :]
+
+
+def test_a_step_has_one_side_drawn_by_its_number() -> None:
+    """random.Random(global step).choice(scales), whatever the seed (training spec 3.2)."""
+    import random
+
+    scales = list(range(224, 545, 32))
+    sides = set()
+    for seed in (0, 9):
+        sampler = sampler_of(64, 4, 3, seed=seed, scales=scales)
+        for epoch in (0, 3):
+            batches = drawn(sampler, epoch)
+            for step in range(6):
+                window = {draw.side for one in batches[3 * step : 3 * step + 3] for draw in one}
+                assert window == {random.Random(epoch * 6 + step).choice(scales)}
+                sides |= window
+    assert len(sides) > 4
+
+
+# ---- training images --------------------------------------------------------------------------------------
+
+
+def train_images(split: PreparedSplit, **options: Any) -> TrainImages:
+    return TrainImages(split, **{"seed": 0, "scale_jitter": False, "flip": False, **options})
+
+
+def test_a_plain_view_is_the_whole_image(split: PreparedSplit) -> None:
+    pixels, boxes, labels, image = train_images(split)[Draw(2, 0, 32)]
+    assert np.array_equal(pixels, to_square(split.decode(2), 32))
+    rows = split.table.rows(2)
+    x1, y1, x2, y2 = (split.table.boxes[rows] / [64, 48, 64, 48]).T
+    expected = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
+    assert boxes == pytest.approx(expected, abs=1e-6)
+    assert labels.tolist() == split.table.labels[rows].tolist() and image == 2
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_only(split: PreparedSplit) -> None:
+    def item(seed: int, epoch: int, image: int, side: int = 32) -> tuple[bytes, bytes]:
+        pixels, boxes, *_ = train_images(split, seed=seed, scale_jitter=True, flip=True)[Draw(image, epoch, side)]
+        return pixels.tobytes(), boxes.tobytes()
+
+    assert item(0, 1, 2) == item(0, 1, 2)
+    assert len({item(0, epoch, 2) for epoch in range(20)}) > 5
+    assert len({item(seed, 0, 2) for seed in range(20)}) > 5
+    assert item(0, 5, 2, side=64)[1] == item(0, 5, 2)[1]  # the same view at another side
+
+
+def test_flips_mirror_pixels_and_boxes(split: PreparedSplit) -> None:
+    plain, flipping = train_images(split), train_images(split, flip=True)
+    mirrored = 0
+    for epoch in range(200):
+        pixels, boxes, labels, _ = plain[Draw(1, epoch, 32)]
+        other, others, other_labels, _ = flipping[Draw(1, epoch, 32)]
+        assert labels.tolist() == other_labels.tolist()
+        if np.array_equal(other, pixels[:, ::-1]):
+            mirrored += 1
+            assert others == pytest.approx(np.stack([1 - boxes[:, 0], *boxes[:, 1:].T], axis=1), abs=1e-6)
+        else:
+            assert np.array_equal(other, pixels) and np.array_equal(others, boxes)
+    assert 70 < mirrored < 130
+
+
+def marked(
+    tmp_path: Path, size: tuple[int, int], box: tuple[int, int, int, int], orientation: int = 1
+) -> PreparedSplit:
+    """One black JPEG with a white box, stored turned if so asked."""
+    x, y, w, h = box
+    shown = Image.new("RGB", size)
+    shown.paste((255, 255, 255), (x, y, x + w, y + h))
+    write_dataset(tmp_path / "source", document([image_row(1, "a.jpg", *size)], [annotation(bbox=box)]))
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    held = decode_image(encoded(shown), STORED_BY[orientation])
+    held.save(tmp_path / "source" / "train" / "a.jpg", quality=100, subsampling=0, exif=tags)
+    return prepared(tmp_path / "source", tmp_path / "prepared").split("train")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((1001, 803), (800, 600, 190, 190)), ((1001, 803), (3, 5, 200, 90)), ((650, 431), (500, 100, 140, 320))],
+)
+def test_a_marker_lands_within_a_pixel_of_its_box_at_every_decode_scale(
+    tmp_path: Path, size: tuple[int, int], box: tuple[int, int, int, int], orientation: int
+) -> None:
+    marker = marked(tmp_path, size, box, orientation)
+    images = train_images(marker, scale_jitter=True, flip=True)
+    shown = 0
+    for epoch in range(28):
+        side = (64, 96, 160, 416)[epoch % 4]
+        pixels, boxes, *_ = images[Draw(0, epoch, side)]
+        light = np.clip(pixels[..., 1].astype(float) - 8, 0, None) / 247  # without the compression's ripples
+        if not len(boxes):
+            assert light.sum() < side / 2  # at most a sliver
+            continue
+        cx, cy, w, h = boxes[0].astype(float) * side
+        if min(w, h) < 4:
+            continue
+        shown += 1
+        centres = np.arange(side) + 0.5
+        centre = (light.sum(axis=0) @ centres / light.sum(), light.sum(axis=1) @ centres / light.sum())
+        assert centre == pytest.approx((cx, cy), abs=0.3)
+        assert light.sum() == pytest.approx(w * h, abs=0.5 * (w + h))  # half a pixel on each side
+    assert shown > 10
+
+
+def test_a_scaled_decode_is_used_and_never_below_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every draw the decoded window has at least the side's pixels, unless the image itself has fewer."""
+    split = marked(tmp_path, (1208, 904), (100, 100, 300, 300))
+    seen: list[tuple[float, int, int]] = []
+
+    def record(image: Image.Image, side: int, view: Any) -> Any:
+        assert image.width / 1208 == image.height / 904
+        seen.append((min(view.width, view.height), side, image.width))
+        return to_square(image, side, view)
+
+    monkeypatch.setattr("rfdetr_core.data.loading.to_square", record)
+    images = train_images(split, scale_jitter=True, flip=False)
+    for epoch in range(60):
+        _ = images[Draw(0, epoch, (56, 150, 400, 900, 1400)[epoch % 5])]
+    for window, side, width in seen:  # the window in decoded pixels
+        assert window >= side or width == 1208
+        assert window < 2.02 * side or width == 151  # no more than need be; the need is rounded up to a pixel
+    assert {width for *_, width in seen} == {1208, 604, 302, 151}
+
+
+def test_crowd_regions_are_no_targets(tmp_path: Path) -> None:
+    boxes = [annotation(1, bbox=(0, 0, 30, 30), iscrowd=1), annotation(2, category=2), annotation(3, iscrowd=1)]
+    write_dataset(tmp_path / "source", document(annotations=boxes))
+    split = prepared(tmp_path / "source", tmp_path / "prepared").split("train")
+    assert split.table.crowd.tolist() == [True, False, True]
+    _, found, labels, _ = train_images(split)[Draw(0, 0, 32)]
+    assert labels.tolist() == [1] and found.shape == (1, 4)
+    _, found, labels, _ = EvalImages(split, 32)[0]
+    assert labels.tolist() == [1] and found[0] == pytest.approx([14 / 64, 9 / 48, 20 / 64, 10 / 48])
+
+
+# ---- batches ----------------------------------------------------------------------------------------------
+
+
+def as_bytes(batch: Batch) -> tuple[Any, ...]:
+    tensors = (batch.pixels, batch.boxes, batch.labels)
+    return (*(tensor.numpy().tobytes() for tensor in tensors), batch.counts, batch.images)
+
+
+def batches_of(split: PreparedSplit, workers: int, *, epoch: int = 1, step: int = 0) -> list[tuple[Any, ...]]:
+    sampler = sampler_of(len(split), 2, 1)
+    sampler.start(epoch, step)
+    settings = LoaderSettings(workers, None, None, None)
+    loader = train_loader(split, sampler, settings, CPU, seed=3, scale_jitter=True, flip=True)
+    return [as_bytes(batch) for batch in loader]
+
+
+@forks
+def test_batches_do_not_depend_on_workers_or_on_where_an_epoch_is_entered(split: PreparedSplit) -> None:
+    alone = batches_of(split, 0)
+    assert len(alone) == 5 and len(set(alone)) == 5
+    assert batches_of(split, 2) == alone
+    assert batches_of(split, 2, step=3) == batches_of(split, 0, step=3) == alone[3:]
+    assert batches_of(split, 0, epoch=2) != alone
+
+
+@forks
+def test_one_loader_serves_all_epochs(split: PreparedSplit) -> None:
+    sampler = sampler_of(len(split), 2, 1)
+    loader = train_loader(
+        split, sampler, LoaderSettings(2, None, None, None), CPU, seed=3, scale_jitter=True, flip=True
+    )
+    for epoch, step in ((1, 0), (2, 3), (1, 3)):
+        sampler.start(epoch, step)
+        assert [as_bytes(batch) for batch in loader] == batches_of(split, 0, epoch=epoch, step=step)
+
+
+def test_a_batch_is_what_its_images_are(split: PreparedSplit) -> None:
+    images = train_images(split)
+    draws = [Draw(i, 0, 32) for i in (4, 1, 7)]
+    batch = collate([images[draw] for draw in draws])
+    assert batch.pixels.shape == (3, 3, 32, 32) and batch.pixels.dtype == torch.uint8
+    assert batch.pixels.is_contiguous()
+    assert batch.images == (4, 1, 7)
+    assert batch.counts == tuple(len(images[draw][1]) for draw in draws)
+    pixels, targets = batch.on(CPU)
+    assert torch.equal(pixels, normalise(batch.pixels))
+    for i, draw in enumerate(draws):
+        expected, boxes, labels, _ = images[draw]
+        assert np.array_equal(batch.pixels[i].permute(1, 2, 0).numpy(), expected)
+        assert set(targets[i]) == {"labels", "boxes"}
+        assert np.array_equal(targets[i]["boxes"].numpy(), boxes) and targets[i]["boxes"].dtype == torch.float32
+        assert targets[i]["labels"].tolist() == labels.tolist() and targets[i]["labels"].dtype == torch.int64
+
+
+def test_an_image_without_boxes_has_an_empty_target(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "source", document([image_row(), image_row(2, "b.png")], [annotation()]))
+    split = prepared(tmp_path / "source", tmp_path / "prepared").split("train")
+    batch = collate([EvalImages(split, 32)[i] for i in (1, 0)])
+    assert batch.counts == (0, 1)
+    _, targets = batch.on(CPU)
+    assert targets[0]["boxes"].shape == (0, 4) and targets[0]["labels"].shape == (0,)
+    assert targets[1]["boxes"].shape == (1, 4)
+    _, targets = collate([EvalImages(split, 32)[1]]).on(CPU)
+    assert targets[0]["boxes"].shape == (0, 4)
+
+
+def test_evaluation_sees_every_image_once_whole_and_in_order(split: PreparedSplit) -> None:
+    batches = list(eval_loader(split, ALONE, CPU, resolution=48, batch_size=4))
+    assert [batch.images for batch in batches] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    for batch in batches:
+        for i, image in enumerate(batch.images):
+            expected = to_square(split.decode(image), 48)
+            assert np.array_equal(batch.pixels[i].permute(1, 2, 0).numpy(), expected)
+
+
+def test_evaluation_never_decodes_small(tmp_path: Path) -> None:
+    """A scaled decode changes pixels: for training only (DESIGN section 5)."""
+    write_dataset(tmp_path / "source", document([image_row(1, "a.jpg", 640, 480)], [annotation()]))
+    split = prepared(tmp_path / "source", tmp_path / "prepared").split("train")
+    whole = Image.open(io.BytesIO(split.read_bytes(0))).resize((32, 32), Image.Resampling.BILINEAR)
+    evaluated = EvalImages(split, 32)[0][0]
+    trained = train_images(split)[Draw(0, 0, 32)][0]
+    assert np.array_equal(evaluated, np.asarray(whole))
+    assert not np.array_equal(trained, evaluated)
+
+
+# ---- how workers are run (seed document, Data loading) ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        ((0, None, None, None), "cpu", (0, False, False, None)),
+        ((2, None, None, None), "cpu", (2, False, True, 2)),
+        ((2, None, None, None), "cuda", (2, True, True, 2)),
+        ((2, False, False, 5), "cuda", (2, False, False, 5)),
+        ((2, True, True, 1), "cpu", (2, True, True, 1)),
+        ((0, None, False, None), "cuda", (0, True, False, None)),
+    ],
+)
+def test_what_is_left_open_is_resolved(settings: Any, device: str, expected: Any) -> None:
+    words = LoaderSettings(*settings).keywords(torch.device(device))
+    names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+    assert tuple(words[name] for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [((0, None, True, None), "persistent_workers=True"), ((0, None, None, 4), "prefetch_factor=4")],
+)
+def test_settings_of_workers_without_workers_are_ignored_with_a_warning(
+    split: PreparedSplit, settings: Any, named: str
+) -> None:
+    with pytest.warns(UserWarning, match=rf"{named} is ignored: there are no workers \(num_workers=0\)"):
+        ignoring = LoaderSettings(*settings)
+    assert ignoring.keywords(CPU) == ALONE.keywords(CPU)
+    batches = list(eval_loader(split, ignoring, CPU, resolution=32, batch_size=10))  # DataLoader itself would refuse
+    assert len(batches) == 1
+
+
+class Origin(EvalImages):
+    """Gives away which process loaded an image, and with how many threads."""
+
+    def __getitem__(self, image: int) -> Any:
+        assert get_worker_info() is not None
+        empty = np.empty((0, 4), dtype=np.float32)
+        facts = np.array([os.getpid(), torch.get_num_threads()], dtype=np.int64)
+        return np.zeros((2, 2, 3), dtype=np.uint8), empty, facts, image
+
+
+@forks
+@pytest.mark.parametrize("persistent", [None, True, False])
+def test_workers_are_processes_that_stay_unless_told_not_to(split: PreparedSplit, persistent: bool | None) -> None:
+    words = LoaderSettings(2, None, persistent, None).keywords(CPU)
+    loader: Any = torch.utils.data.DataLoader(Origin(split, 32), batch_size=5, **words)
+
+    def facts() -> tuple[set[int], set[int]]:
+        labels: list[Tensor] = [batch.labels.view(-1, 2) for batch in loader]
+        processes, threads = torch.cat(labels).T.tolist()
+        return set(processes), set(threads)
+
+    (first, threads), (second, _) = facts(), facts()
+    assert len(first) == 2 and os.getpid() not in first
+    assert threads == {1}
+    assert (first == second) is (persistent is not False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: page-locked memory cannot be asked for")
+def test_pinned_batches_are_page_locked(split: PreparedSplit) -> None:
+    for given, expected in ((None, True), (False, False)):
+        settings = LoaderSettings(0, given, None, None)
+        for batch in eval_loader(split, settings, torch.device("cuda"), resolution=32, batch_size=4):
+            assert [t.is_pinned() for t in (batch.pixels, batch.boxes, batch.labels)] == [expected] * 3
+            assert isinstance(batch, Batch) and len(batch.counts) == len(batch.images)
