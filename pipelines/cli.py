@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import RunConfig, load_run_config, merge, parse_assignments, parse_overrides
-from rfdetr_core.errors import RFDETRError
+from rfdetr_core.errors import ConfigError, RFDETRError
 from rfdetr_core.storage import location
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -45,6 +45,8 @@ def run(
     changed = merge(parse_overrides(overrides), parse_assignments(assignments or []))
     resolved = load_run_config(config, changed)  # what can be known to be wrong is said before anything starts
     config_uri = _absolute(config)
+    if root is None:
+        _refuse_foreign_store(config_uri, resolved.dataset.uri)
     run_id = run_id or new_run_id()
     try:
         outcome = run_locally(config_uri, changed, run_id=run_id, root=root, verbose=debug)
@@ -67,6 +69,16 @@ def compile_pipeline(
     output.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(retrain, str(output))
     console.print(f"wrote {output}")
+
+
+def _refuse_foreign_store(*uris: str) -> None:
+    """The server that is started for a run knows nothing of the user's own S3."""
+    for uri in uris:
+        if location(uri).local_path is None:
+            raise ConfigError(
+                f"{uri} is in S3, and without --root the run uses a store of its own",
+                hint="give --root s3://bucket/prefix in the same store, or a local copy",
+            )
 
 
 def _absolute(uri: str) -> str:

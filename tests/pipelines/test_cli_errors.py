@@ -79,6 +79,12 @@ def test_a_run_id_that_is_none(config: Path) -> None:
     assert output == ("error: --run-id: 'Upper Case' is not allowed (a-z, 0-9 and -, at most 63, such as nightly-7)\n")
 
 
+def test_an_s3_dataset_without_a_root_in_the_same_store(config: Path) -> None:
+    code, output = run(config, "--set", "dataset.uri=s3://mine/data")
+    assert code == 2
+    assert output.startswith("error: s3://mine/data is in S3, and without --root the run uses a store of its own")
+
+
 def test_debug_shows_the_traceback(config: Path) -> None:
     code, output = run(config, "--run-id", "Upper Case", "--debug")
     assert code != 0 and "Traceback" in output
