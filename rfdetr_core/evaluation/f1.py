@@ -13,7 +13,7 @@ from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.evaluation.detections import Detections
 
 IOU = 0.5
-THRESHOLDS: NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
+THRESHOLDS: NDArray[np.float64] = np.arange(101) / 100  # linspace has 0.5700000000000001
 PAIRS_AT_ONCE = 500_000  # box pairs whose overlap is computed in one go: about 100 MB
 
 Integers = NDArray[np.int64]

@@ -97,7 +97,7 @@ def damage(data: bytes | None, name: str = "a.png") -> Edit:
     return edit
 
 
-NAN, INF = math.nan, math.inf
+NAN, INF, PNG = math.nan, math.inf, encoded(picture())
 THIRD = {"id": 3, "name": "bird"}
 PARENT = {"id": 0, "name": "animals", "supercategory": "none"}
 CHILDREN = [{**row, "supercategory": "animals"} for row in CATEGORIES]
@@ -174,9 +174,9 @@ CASES: dict[str, list[tuple[str, Edit, list[str], Edit]]] = {
         )
     ],
     "unreadable-image": [
-        ("error", damage(None), ["train/a.png: no such file"], damage(encoded(picture(seed=1000)))),
-        ("error", damage(b""), ["train/a.png: empty file"], damage(encoded(picture(seed=1000)))),
-        ("error", damage(b"text"), ["train/a.png: no image format that Pillow knows"], damage(encoded(picture(seed=1000)))),
+        ("error", damage(None), ["train/a.png: no such file"], damage(PNG)),
+        ("error", damage(b""), ["train/a.png: empty file"], damage(PNG)),
+        ("error", damage(b"text"), ["train/a.png: no image format that Pillow knows"], damage(PNG)),
     ],
     "unlisted-image": [
         (
