@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from rfdetr_core.errors import MissingObjectError, PublicationError
 from rfdetr_core.storage import Location
 
 CHECKPOINT = "checkpoint_best_total.pth"
+RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # DESIGN section 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Registry:
             return None
         try:
             document = json.loads(data)
-            return Champion(str(document["version"]), dict(document["metrics"]), str(document["test_digest"]), revision)
+            version = document["version"]
+            if not isinstance(version, str) or not RUN_ID.fullmatch(version):
+                raise ValueError(f"version {version!r} is no run id")
+            return Champion(version, dict(document["metrics"]), str(document["test_digest"]), revision)
         except (ValueError, KeyError, TypeError) as error:
             raise PublicationError(
                 f"{self.pointer.uri}: not a champion pointer: {error}", hint="restore it from an earlier version"
