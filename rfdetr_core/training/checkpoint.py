@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,15 @@ def best_name(source: Source) -> str:
 def periodic_name(epoch: int) -> str:
     """File name of the checkpoint at the end of a zero-based epoch."""
     return f"checkpoint_{epoch}.pth"
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The checkpoint files in a folder that may hold others' files as well."""
+    return [
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(r"checkpoint(_\d+|_best_(regular|ema|total))?\.pth", path.name)
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -71,7 +71,7 @@ def resumable(job: TrainingJob) -> dict[str, Any] | None:
         if content.get("inputs") == job.inputs:
             return content
         log.warning("%s was made with another configuration or dataset: training starts anew", path.name)
-    for stale in job.checkpoints.glob("checkpoint*.pth"):
+    for stale in checkpoint.own_files(job.checkpoints):
         stale.unlink()
     return None
 

@@ -253,12 +253,14 @@ loop.train(job)
     ) -> None:
         train(tiny.job(dataset, tmp_path, epochs=2, checkpoint_interval=1))
         assert "checkpoint_1.pth" in weight_files(tmp_path)
+        (tmp_path / "checkpoint_mine.bak").touch()
         other = dataclasses.replace(tiny.job(dataset, tmp_path, epochs=1, use_ema=False), inputs="other")
         caplog.set_level(logging.WARNING)
         result = train(other)
         assert "checkpoint.pth was made with another configuration or dataset: training starts anew" in caplog.text
         assert result.optimizer_steps == 5
         assert len(rows(tmp_path)) == 1
+        assert (tmp_path / "checkpoint_mine.bak").exists()
         # nothing of the first training is left under the names of the second
         assert weight_files(tmp_path) == [
             "checkpoint.pth",

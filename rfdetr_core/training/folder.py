@@ -1,0 +1,127 @@
+"""A training that lives in one folder of the local disk: what the stages of a pipeline do, in one process.
+
+report.json, report.html   what was found in the dataset
+dataset/<digest>/          the prepared dataset
+probe.json                 the batch size, where it was searched
+checkpoint*.pth            see `checkpoint`
+metrics.jsonl, .csv        one row per epoch
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
+from rfdetr_core.data.formats.coco import read_coco_folder
+from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.report import report_html, report_json
+from rfdetr_core.data.scales import training_scales
+from rfdetr_core.data.splitting import fill_missing_splits
+from rfdetr_core.data.transforms import CROP_SHORT_SIDES
+from rfdetr_core.data.validation import Report, validate
+from rfdetr_core.errors import ConfigError
+from rfdetr_core.training import checkpoint
+from rfdetr_core.training.batch_size import probe
+from rfdetr_core.training.loop import TrainingJob
+
+NO_INFLUENCE = {
+    "dataset_dir",
+    "output_dir",
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "progress_bar",
+    "checkpoint_minutes",
+}
+"""Fields of TrainConfig that may change between an interrupted training and its continuation."""
+
+
+def job_in_folder(section: ModelSection, train: TrainConfig) -> TrainingJob:
+    """Validate and prepare `train.dataset_dir`, find the batch size if it is "auto"; results go to `train.output_dir`.
+
+    A dataset that is prepared already is used as it is; what was prepared or searched before is taken over.
+
+    Raises:
+        ConfigError: too few classes for the dataset, or the folder holds another training.
+        DatasetError: the dataset cannot be trained on; report.html says why.
+        CheckpointError: the folder's checkpoint cannot be read.
+        DeviceMemoryError: not even a batch of one image fits.
+    """
+    output = Path(train.output_dir)
+    dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, _prepare_options(section, train))
+    model = _for_classes(section, len(dataset.class_map))
+    inputs = _inputs(model, train, dataset)
+    _refuse_another_training(output, inputs)
+    batch_size, grad_accum_steps = _batch(model, train, dataset, inputs, output / "probe.json")
+    return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs)
+
+
+def _prepare_options(section: ModelSection, train: TrainConfig) -> PrepareOptions:
+    """Train images are reduced once to what training can use at most (DESIGN section 5)."""
+    multi_scale = train.multi_scale != "off"
+    scales = training_scales(section.resolution, section.block, multi_scale=multi_scale, expanded=train.expanded_scales)
+    return PrepareOptions(train_short_side=max(*scales, *CROP_SHORT_SIDES))
+
+
+def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> PreparedDataset:
+    if (source / "dataset.json").is_file():
+        return PreparedDataset(source)
+    output.mkdir(parents=True, exist_ok=True)
+    report, document = Report(), None
+    try:
+        class_map, splits = validate(read_coco_folder(source), report)
+        splits = fill_missing_splits(splits, report)
+        folder = output / "dataset" / dataset_digest(class_map, splits, options)
+        folder.parent.mkdir(exist_ok=True)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as scratch:
+                write_prepared(Path(scratch) / "new", class_map, splits, options, source=str(source))
+                (Path(scratch) / "new").rename(folder)  # whole, or not there
+        dataset = PreparedDataset(folder)
+        document = dataset.document
+    finally:
+        (output / "report.json").write_text(json.dumps(report_json(str(source), report, document), indent=2) + "\n")
+        (output / "report.html").write_text(report_html(str(source), report, document))
+    return dataset
+
+
+def _for_classes(section: ModelSection, classes: int) -> ModelConfig:
+    given = section.num_classes
+    if given is not None and given < classes:
+        raise ConfigError(f"num_classes: {given} is too small: the dataset has {classes} classes", hint="leave it out")
+    return section.with_num_classes(classes if given is None else given)
+
+
+def _inputs(model: ModelConfig, train: TrainConfig, dataset: PreparedDataset) -> str:
+    """sha256 of all that decides what training computes."""
+    settings = train.model_dump(mode="json", exclude=NO_INFLUENCE)
+    content = {"model": model.model_dump(mode="json"), "train": settings, "dataset": dataset.digest}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_another_training(output: Path, inputs: str) -> None:
+    for name in (checkpoint.LATEST, checkpoint.BEST_TOTAL):
+        path = output / name
+        if path.exists() and checkpoint.load(path).get("inputs") != inputs:
+            raise ConfigError(
+                f"{path}: is of another training (other settings, or other data)", hint="give another output_dir"
+            )
+
+
+def _batch(
+    model: ModelConfig, train: TrainConfig, dataset: PreparedDataset, inputs: str, found: Path
+) -> tuple[int, int]:
+    """Images per micro-batch, and micro-batches per optimizer step; a search is made once and kept in `found`."""
+    if train.batch_size != "auto":
+        return train.batch_size, train.grad_accum_steps
+    document = json.loads(found.read_bytes()) if found.exists() else {}
+    if document.get("inputs") != inputs:
+        images = int(dataset.document["splits"]["train"]["images"])
+        result = probe(model, train, images=images, max_boxes=dataset.max_boxes_per_image)
+        document = {"inputs": inputs, **result.to_json()}
+        found.write_text(json.dumps(document, indent=2) + "\n")
+    return int(document["batch_size"]), int(document["grad_accum_steps"])

@@ -1,0 +1,345 @@
+"""The Python API of the seed document: train, predict and export without any pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rfdetr_core
+from rfdetr_core import RFDETRNano, RFDETRPico
+from rfdetr_core.api import VARIANTS
+from rfdetr_core.data.loading import LoaderSettings
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.errors import CheckpointError, ConfigError, DatasetError, ExportError
+from rfdetr_core.evaluation.evaluate import evaluate_model
+from rfdetr_core.export.parity import open_session
+from rfdetr_core.prediction import AT_ONCE, Prediction
+from rfdetr_core.training import checkpoint, folder
+from rfdetr_core.training.engine import Engine
+from tests.training import tiny
+
+ARCHITECTURE = {name: value for name, value in tiny.MODEL.items() if name not in ("variant", "num_classes")}
+SETTINGS: dict[str, Any] = {**tiny.TRAIN, "epochs": 1, "batch_size": 2, "grad_accum_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.draw(tmp_path_factory.mktemp("drawn") / "coco")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("api") / "output"
+
+
+@pytest.fixture(scope="module")
+def model(coco: Path, output: Path) -> Any:
+    """A detector after one epoch."""
+    model = RFDETRPico(**ARCHITECTURE)
+    model.train(dataset_dir=coco, output_dir=output, **SETTINGS)
+    return model
+
+
+def pictures(coco: Path) -> list[Path]:
+    return sorted((coco / "valid").glob("*.jpg")) + sorted((coco / "train").glob("*.jpg"))
+
+
+def assert_same(a: Prediction, b: Prediction, *, atol: float = 1e-3) -> None:
+    assert len(a.scores) > 0
+    assert a.class_names == b.class_names
+    np.testing.assert_array_equal(a.labels, b.labels)
+    np.testing.assert_allclose(a.scores, b.scores, rtol=1e-4)
+    np.testing.assert_allclose(a.boxes, b.boxes, atol=atol)
+
+
+class TestImport:
+    def test_the_package_is_light(self) -> None:
+        program = """
+import sys, time
+started = time.perf_counter()
+import rfdetr_core
+print(time.perf_counter() - started, "RFDETRMedium" in dir(rfdetr_core), *sys.modules)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        seconds, listed, *modules = done.stdout.split()
+        assert float(seconds) < 0.3
+        assert listed == "True"
+        assert not {"torch", "numpy", "pydantic", "rfdetr_core.api"} & set(modules)
+
+    def test_every_exported_name_exists(self) -> None:
+        assert sorted(rfdetr_core.__all__) == sorted([kind.__name__ for kind in VARIANTS] + ["__version__"])
+        assert set(rfdetr_core.__all__) <= set(dir(rfdetr_core))
+        for name in rfdetr_core.__all__:
+            assert getattr(rfdetr_core, name)
+
+    def test_other_names_do_not(self) -> None:
+        with pytest.raises(AttributeError, match="RFDETRHuge"):
+            _ = rfdetr_core.RFDETRHuge
+
+    def test_each_class_is_its_variant(self) -> None:
+        resolutions = {kind.__name__: kind().config.resolution for kind in VARIANTS}
+        assert resolutions == {
+            "RFDETRPico": 128,
+            "RFDETRNano": 384,
+            "RFDETRSmall": 512,
+            "RFDETRMedium": 576,
+            "RFDETRBase": 560,
+            "RFDETRLarge": 704,
+        }
+
+
+class TestTrain:
+    def test_leaves_all_results_in_its_folder_and_the_best_weights_in_the_model(
+        self, model: Any, output: Path, coco: Path
+    ) -> None:
+        names = {path.name for path in output.iterdir()}
+        assert {"checkpoint.pth", "checkpoint_best_total.pth", "metrics.jsonl", "metrics.csv", "report.html"} <= names
+        best = checkpoint.load(output / "checkpoint_best_total.pth")
+        assert not tiny.differing(best["model"], model._trained.module.state_dict())
+        assert model.class_names == ("rectangle", "ellipse", "triangle")
+        assert model.config.num_classes == 3
+        assert json.loads((output / "report.json").read_text())["usable"]
+        assert len(list((output / "dataset").iterdir())) == 1
+        assert sorted(path.name for path in coco.iterdir()) == ["test", "train", "valid"]  # untouched
+
+    def test_the_same_call_again_returns_at_once(
+        self, model: Any, output: Path, coco: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Engine, "optimizer_step", None)
+        monkeypatch.setattr(folder, "write_prepared", None)  # nor is the dataset prepared anew
+        again = RFDETRPico(**ARCHITECTURE)
+        result = again.train(dataset_dir=coco, output_dir=output, **{**SETTINGS, "num_workers": 1})
+        assert (result.epochs, result.optimizer_steps) == (1, 5)
+        assert_same(*(m.predict(pictures(coco)[0], threshold=0)[0] for m in (model, again)))
+
+    def test_an_interrupted_training_continues(
+        self, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = {**SETTINGS, "epochs": 2}
+        RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path / "whole", **settings)
+        step = Engine.optimizer_step
+
+        def interrupt(self: Engine, *args: Any, global_step: int, **kwargs: Any) -> Any:
+            if global_step == 7:
+                raise KeyboardInterrupt
+            return step(self, *args, global_step=global_step, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Engine, "optimizer_step", interrupt)
+            RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path / "parts", **settings)
+        RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path / "parts", **settings)
+        whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+        assert not [name for name in tiny.differing(whole, parts) if name != "train_config.output_dir"]
+
+    def test_another_training_is_not_overwritten(self, model: Any, output: Path, coco: Path) -> None:
+        with pytest.raises(ConfigError, match=r"checkpoint\.pth: is of another training .*give another output_dir"):
+            RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=output, **{**SETTINGS, "lr": 2e-4})
+
+    def test_a_prepared_dataset_is_used_as_it_is(self, model: Any, output: Path, tmp_path: Path) -> None:
+        (prepared,) = (output / "dataset").iterdir()
+        result = RFDETRPico(**ARCHITECTURE).train(dataset_dir=prepared, output_dir=tmp_path, **SETTINGS)
+        assert not (tmp_path / "dataset").exists()
+        assert result.best_score == checkpoint.load(output / "checkpoint_best_total.pth")["metrics"]["map"]
+
+    def test_a_dataset_that_cannot_be_used_leaves_a_report(self, coco: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        shutil.copytree(coco, broken)
+        pictures(broken)[-1].write_bytes(b"no image")
+        with pytest.raises(DatasetError, match="image cannot be read"):
+            RFDETRPico(**ARCHITECTURE).train(dataset_dir=broken, output_dir=tmp_path / "out", **SETTINGS)
+        assert "image cannot be read" in (tmp_path / "out" / "report.html").read_text()
+        assert not (tmp_path / "out" / "dataset").exists()
+
+    def test_auto_probes_once(self, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings = {**SETTINGS, "batch_size": "auto", "auto_batch_target_effective": 2}
+        RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
+        found = json.loads((tmp_path / "probe.json").read_text())
+        assert (found["batch_size"], found["grad_accum_steps"], found["targets_per_image"]) == (2, 1, 3)
+        monkeypatch.setattr(folder, "probe", None)
+        RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
+
+    def test_resolution_and_deprecated_fields_go_to_the_architecture(self, coco: Path, tmp_path: Path) -> None:
+        moved = ("resolution", "num_select")
+        model = RFDETRPico(**{name: value for name, value in ARCHITECTURE.items() if name not in moved})
+        with pytest.warns(FutureWarning, match=r"train\.num_select is deprecated"):
+            model.train(dataset_dir=coco, output_dir=tmp_path, resolution=48, num_select=5, **SETTINGS)
+        assert (model.config.resolution, model.config.num_select) == (48, 5)
+        assert checkpoint.load(tmp_path / "checkpoint.pth")["model_config"]["resolution"] == 48
+        assert len(model.predict(pictures(coco)[0], threshold=0)[0].scores) <= 5
+        with pytest.raises(ConfigError, match=r"train\(\): resolution: 48 contradicts RFDETRPico\(resolution=32\)"):
+            RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, resolution=48, **SETTINGS)
+
+    def test_spare_classes_are_kept_and_too_few_refused(self, coco: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="num_classes: 2 is too small: the dataset has 3 classes"):
+            RFDETRPico(**ARCHITECTURE, num_classes=2).train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
+        model = RFDETRPico(**ARCHITECTURE, num_classes=9)
+        model.train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
+        assert model.config.num_classes == 9
+        (found,) = model.predict(pictures(coco)[0], threshold=0)
+        assert set(found.class_names) <= {"rectangle", "ellipse", "triangle"}
+
+
+class TestPredict:
+    def test_finds_what_the_evaluation_finds(self, model: Any, output: Path, coco: Path) -> None:
+        (prepared,) = (output / "dataset").iterdir()
+        dataset = PreparedDataset(prepared)
+        _, expected = evaluate_model(
+            checkpoint.load_trained(output / "checkpoint_best_total.pth"),
+            dataset.split("valid"),
+            dataset.class_map,
+            batch_size=1,
+            max_dets=500,
+            device=torch.device("cpu"),
+            loading=LoaderSettings(0, None, None, None),
+        )
+        for image, path in enumerate(pictures(coco)[:4]):
+            (found,) = model.predict(path, threshold=0)
+            own = expected.images == image
+            np.testing.assert_allclose(found.scores, expected.scores[own], rtol=1e-4)
+            np.testing.assert_allclose(found.boxes, expected.boxes[own], atol=1e-3)
+            np.testing.assert_array_equal(found.labels, expected.labels[own])
+
+    def test_paths_and_pictures_alone_or_in_lists(self, model: Any, coco: Path) -> None:
+        paths = pictures(coco)[: AT_ONCE + 1]
+        several = model.predict([*paths[:-1], Image.open(paths[-1])], threshold=0)
+        assert len(several) == AT_ONCE + 1
+        for path, found in zip(paths, several, strict=True):
+            (alone,) = model.predict(str(path), threshold=0)
+            assert_same(alone, found)
+        assert model.predict([]) == []
+
+    def test_boxes_lie_in_the_picture_and_the_best_come_first(self, model: Any, coco: Path) -> None:
+        with Image.open(pictures(coco)[0]) as image:
+            width, height = image.size
+            (found,) = model.predict(image.resize((3 * width, 2 * height)), threshold=0)
+        assert found.boxes.shape == (len(found.scores), 4) == (len(found.labels), 4)
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= [3 * width, 2 * height] * 2).all()
+        assert found.boxes[:, 2].max() > width  # in pixels of this picture, not of the network's square
+        assert (np.diff(found.scores) <= 0).all()
+        assert found.class_names == tuple(model.class_names[label] for label in found.labels)
+
+    def test_only_scores_above_the_threshold(self, model: Any, coco: Path) -> None:
+        (everything,) = model.predict(pictures(coco)[0], threshold=0)
+        third = float(everything.scores[2])
+        (found,) = model.predict(pictures(coco)[0], threshold=third)
+        assert len(found.scores) == 2
+        assert len(model.predict(pictures(coco)[0])[0].scores) == (everything.scores > 0.5).sum()
+
+    def test_exif_orientation_is_applied(self, model: Any, coco: Path, tmp_path: Path) -> None:
+        with Image.open(pictures(coco)[0]) as image:
+            upright = image.convert("RGB").resize((80, 50))
+        stored, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+        exif[0x0112] = 6
+        stored.save(tmp_path / "turned.png", exif=exif)
+        assert_same(model.predict(tmp_path / "turned.png", threshold=0)[0], model.predict(upright, threshold=0)[0])
+        with Image.open(tmp_path / "turned.png") as picture:
+            assert_same(model.predict(picture, threshold=0)[0], model.predict(upright, threshold=0)[0])
+
+    def test_grey_pictures_are_taken(self, model: Any, coco: Path) -> None:
+        with Image.open(pictures(coco)[0]) as image:
+            grey = image.convert("L")
+        assert_same(model.predict(grey, threshold=0)[0], model.predict(grey.convert("RGB"), threshold=0)[0])
+
+    @pytest.mark.parametrize("content", [None, b"", b"no image at all"])
+    def test_what_cannot_be_read_is_named(self, model: Any, tmp_path: Path, content: bytes | None) -> None:
+        path = tmp_path / "photo.jpg"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DatasetError, match=r"photo\.jpg: cannot be read") as caught:
+            model.predict(path)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+    def test_a_threshold_outside_0_to_1_is_refused(self, model: Any, coco: Path, threshold: float) -> None:
+        with pytest.raises(ConfigError, match="threshold"):
+            model.predict(pictures(coco)[0], threshold=threshold)
+
+    def test_what_is_no_picture_is_refused(self, model: Any) -> None:
+        with pytest.raises(ConfigError, match="ndarray is no picture"):
+            model.predict([np.zeros((8, 8, 3))])
+
+
+class TestExport:
+    def test_writes_a_file_that_detects_the_same(self, model: Any, tmp_path: Path) -> None:
+        path = model.export(tmp_path / "exported")
+        assert path == tmp_path / "exported" / "rfdetr-pico.onnx"
+        assert [found.name for found in path.parent.iterdir()] == ["rfdetr-pico.onnx"]
+        assert open_session(path).get_inputs()[0].shape == ["batch", 3, 32, 32]
+        fixed = model.export(tmp_path / "fixed", dynamic_batch=False)
+        assert open_session(fixed).get_inputs()[0].shape == [1, 3, 32, 32]
+
+    def test_a_file_that_differs_is_not_left_there(self, model: Any, tmp_path: Path) -> None:
+        with pytest.raises(ExportError, match="differs from the trained model"):
+            model.export(tmp_path, tolerance=1e-12)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_unknown_settings_are_refused(self, model: Any, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"export\(\): tolerence: unknown field; did you mean tolerance\?"):
+            model.export(tmp_path, tolerence=1e-3)
+
+
+class TestFromCheckpoint:
+    def test_detects_the_same(self, model: Any, output: Path, coco: Path) -> None:
+        loaded = RFDETRPico.from_checkpoint(output / "checkpoint_best_total.pth")
+        assert loaded.class_names == model.class_names
+        assert loaded.config == model.config
+        assert_same(*(m.predict(pictures(coco)[0], threshold=0)[0] for m in (model, loaded)))
+
+    def test_another_variant_is_refused(self, model: Any, output: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"is of the variant pico \(use RFDETRPico\)"):
+            RFDETRNano.from_checkpoint(output / "checkpoint_best_total.pth")
+
+    def test_a_checkpoint_for_resuming_is_refused(self, model: Any, output: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"give checkpoint_best_total\.pth"):
+            RFDETRPico.from_checkpoint(output / "checkpoint.pth")
+
+    def test_training_from_it_is_refused(self, model: Any, output: Path, coco: Path, tmp_path: Path) -> None:
+        loaded = RFDETRPico.from_checkpoint(output / "checkpoint_best_total.pth")
+        with pytest.raises(ConfigError, match=r"holds trained weights.*train a new RFDETRPico\(\)"):
+            loaded.train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
+
+
+class TestRefusals:
+    def test_without_weights(self, tmp_path: Path) -> None:
+        model = RFDETRPico()
+        assert model.class_names == ()
+        for call in (lambda: model.predict("photo.jpg"), lambda: model.export(tmp_path)):
+            with pytest.raises(ConfigError, match=r"no weights yet \(train it, or use RFDETRPico\.from_checkpoint"):
+                call()
+
+    @pytest.mark.parametrize(
+        ("keywords", "message"),
+        [
+            ({"resolutoin": 64}, r"RFDETRPico\(\): resolutoin: unknown field; did you mean resolution\?"),
+            ({"resolution": 33}, r"RFDETRPico\(\): resolution: 33 is not allowed"),
+            ({"variant": "nano"}, r"RFDETRPico is the variant pico"),
+            ({"segmentation_head": True}, r"model\.segmentation_head: true is not built yet"),
+        ],
+    )
+    def test_of_the_constructor(self, keywords: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            RFDETRPico(**keywords)
+
+    @pytest.mark.parametrize(
+        ("keywords", "message"),
+        [
+            ({"epoch": 3}, r"train\(\): epoch: unknown field; did you mean epochs\?"),
+            ({"epochs": 0}, r"train\(\): epochs: 0 is not allowed"),
+            ({"gradient_checkpointing": True}, r"belongs to the architecture \(RFDETRPico\(gradient_checkpointing="),
+            ({"amp_dtype": "fp8"}, r"train\.amp_dtype: \"fp8\" is not built yet"),
+        ],
+    )
+    def test_of_train(self, tmp_path: Path, keywords: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            RFDETRPico().train(dataset_dir=tmp_path / "nowhere", output_dir=tmp_path / "out", **keywords)
+        assert not (tmp_path / "out").exists()
