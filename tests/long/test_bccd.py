@@ -20,9 +20,9 @@ BCCD = Path(os.environ.get("RFDETR_BCCD", ROOT.parent / "shared" / "data" / "bcc
 @pytest.mark.skipif(not (BCCD / "coco").is_dir(), reason=f"the blood cells are not at {BCCD}; set RFDETR_BCCD")
 @pytest.mark.timeout(900)
 def test_the_promoted_model_finds_blood_cells(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines", "run", "--config", str(ROOT / "examples" / "bccd.yaml")]
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "run", "--config", str(ROOT / "examples" / "bccd.yaml")]
-        + ["--set", f"dataset.uri={BCCD / 'coco'}", "--run-id", "bccd"],
+        [*command, "--set", f"dataset.uri={BCCD / 'coco'}", "--run-id", "bccd"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
