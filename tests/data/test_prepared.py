@@ -294,6 +294,7 @@ def test_annotations_load_in_pycocotools(tmp_path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(tmp_path / "prepared" / "train" / "annotations.coco.json"))
     assert [coco.imgs[i]["file_name"] for i in sorted(coco.imgs)] == table.file_names.tolist()
+    assert sorted(coco.anns) == list(range(1, len(table.boxes) + 1))  # pycocotools takes id 0 for no match
     assert {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())} == {1: "cat", 2: "dog"}
     for i in range(len(table)):
         found = coco.loadAnns(coco.getAnnIds(imgIds=i + 1))
@@ -333,7 +334,7 @@ def test_statistics_are_counted() -> None:
         widths=np.array([128, 127, 5000, 640]),
         heights=np.array([300, 300, 4096, 480]),
         offsets=np.array([0, 3, 3, 4, 5]),
-        boxes=np.array([[0, 0, 4, 16], [0, 0, 8, 7.9], [0, 0, 99, 99], [0, 0, 512, 512], [0, 0, 9, 9]], dtype=float),
+        boxes=np.array([[5, 7, 9, 23], [5, 7, 13, 14.9], [5, 7, 104, 106], [5, 7, 517, 519], [5, 7, 14, 16]]),
         labels=np.array([0, 2, 0, 2, 1]),
         areas=np.ones(5),
         crowd=np.array([False, False, False, False, True]),

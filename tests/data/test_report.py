@@ -77,6 +77,12 @@ def test_errors_come_first_and_open() -> None:
     assert len(report_json("source", report, None)["findings"][2]["rows"]) == ROWS_SHOWN + 3
 
 
+def test_a_finding_of_as_many_rows_as_are_shown_has_no_more() -> None:
+    report = Report()
+    report.add("box-empty", "warning", "a warning", [f"row {i}" for i in range(ROWS_SHOWN)])
+    assert "more in report.json" not in report_html("source", report, None)
+
+
 def test_a_dataset_that_could_not_even_be_read_is_not_called_usable() -> None:
     """The reader raises before anything is found."""
     assert report_json("source", Report(), None)["usable"] is False

@@ -69,11 +69,22 @@ def test_one_shape_lies_where_its_box_says() -> None:
     assert seen == {0, 1, 2}
 
 
-def blank(index: int) -> np.ndarray[Any, Any]:
-    """The background of `draw_image(default_rng(index), 200, 1)`: its first draws, none of a shape."""
+def blank(index: int, size: int = 200) -> np.ndarray[Any, Any]:
+    """The background of `draw_image(default_rng(index), size, 1)`: its first draws, none of a shape."""
     rng = np.random.default_rng(index)
-    width, height = (int(200 * rng.uniform(0.9, 1.1)) for _ in range(2))
+    width, height = (int(size * rng.uniform(0.9, 1.1)) for _ in range(2))
     return sample._texture(rng, width, height)
+
+
+def test_each_class_has_the_shape_of_its_name() -> None:
+    """Of its box, a rectangle covers all, an ellipse a share of pi / 4, a triangle half."""
+    shares: dict[str, list[float]] = {name: [] for name in CLASS_NAMES}
+    for index in range(60):
+        image, [(label, (_, _, w, h))] = draw_image(np.random.default_rng(index), 300, 1)
+        drawn = (np.asarray(image) != blank(index, 300)).any(axis=2).sum()
+        shares[CLASS_NAMES[label]].append(drawn / (w * h))
+    expected = {"rectangle": 1.0, "ellipse": np.pi / 4, "triangle": 0.5}
+    assert {name: np.median(values) for name, values in shares.items()} == pytest.approx(expected, rel=0.06)
 
 
 def test_sides_are_8_to_40_percent_of_the_short_side_and_inside() -> None:
