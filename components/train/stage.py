@@ -35,6 +35,7 @@ log = logging.getLogger("stage.train")
 def body(context: StageContext) -> None:
     """Write checkpoints/, metrics.jsonl, metrics.csv and result.json."""
     from rfdetr_core.data.prepared import PreparedDataset
+    from rfdetr_core.training.checkpoint import LATEST
     from rfdetr_core.training.loop import TrainingJob, train
 
     hardware.keep_freed_memory()
@@ -53,7 +54,7 @@ def body(context: StageContext) -> None:
         inputs=context.inputs,
     )
     context.stop.deferred = True  # SIGTERM: finish the optimizer step, leave a checkpoint, then end
-    with Uploader(remote) as uploader:
+    with Uploader(remote, last=LATEST) as uploader:
         result = train(job, publish=uploader.upload, stop_requested=lambda: context.stop.requested)
     context.stop.deferred = False
     context.uploaded = {f"{CHECKPOINTS}/{name}": digest for name, digest in uploader.uploaded.items()}

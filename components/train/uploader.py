@@ -13,6 +13,8 @@ from typing import Self
 from rfdetr_core.errors import TransientError
 from rfdetr_core.storage import FileDigest, Location
 
+RETRY_SECONDS = 10.0
+
 log = logging.getLogger("stage.train")
 
 
@@ -20,16 +22,21 @@ class Uploader:
     """One background thread; of several versions of a file waiting, only the newest is sent.
 
     A file is hard-linked when it is handed over, so that training may replace it at once. A store that is away
-    does not stop training: the next checkpoint is a new chance, and leaving the context sends what is left and
-    raises if that fails.
+    does not stop training: the file waits and is tried again. Leaving the context sends what is left, and raises if
+    that fails.
+
+    Args:
+        target: the folder in the store.
+        last: this file is sent only while no other waits: it tells of the others.
     """
 
-    def __init__(self, target: Location) -> None:
-        self._target = target
+    def __init__(self, target: Location, *, last: str) -> None:
+        self._target, self._last = target, last
         self.uploaded: dict[str, FileDigest] = {}  # name -> what the store has of it
         self._waiting: dict[str, Path] = {}
         self._wake = threading.Condition()
         self._closing = False
+        self._failure: BaseException | None = None
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint-upload", daemon=True)
 
@@ -45,25 +52,38 @@ class Uploader:
             self._wake.notify()
         self._thread.join()
         try:
-            for name in list(self._waiting):
-                self._send(name, self._waiting.pop(name))
+            if self._failure is None:
+                while self._waiting:
+                    self._send(*self._take())
         finally:
             if self._staging is not None:
                 self._staging.cleanup()
+        if self._failure is not None and error is None:
+            raise self._failure
 
     def upload(self, path: Path) -> None:
-        """Send this file, under its name, soon."""
+        """Send this file, under its name, soon.
+
+        Raises:
+            StorageAccessError: an earlier file was refused for good; training on would lose everything.
+        """
+        if self._failure is not None:
+            raise self._failure
         if self._staging is None:
             # Beside the checkpoints' folder: a hard link cannot leave its file system.
             self._staging = tempfile.TemporaryDirectory(dir=path.parent.parent, prefix="upload-")
         link = Path(self._staging.name) / f"{path.name}.{os.urandom(4).hex()}"
         os.link(path, link)
         with self._wake:
-            replaced = self._waiting.pop(path.name, None)
+            replaced = self._waiting.get(path.name)
             self._waiting[path.name] = link
             self._wake.notify()
         if replaced is not None:
             replaced.unlink()
+
+    def _take(self) -> tuple[str, Path]:
+        name = next((n for n in self._waiting if n != self._last), self._last)
+        return name, self._waiting.pop(name)
 
     def _work(self) -> None:
         while True:
@@ -72,15 +92,22 @@ class Uploader:
                     self._wake.wait()
                 if self._closing:
                     return
-                name = next(iter(self._waiting))
-                link = self._waiting.pop(name)
+                name, link = self._take()
             try:
                 self._send(name, link)
             except TransientError as error:
-                log.warning("checkpoint %s could not be uploaded, training goes on: %s", name, error)
+                log.warning("%s could not be uploaded yet, training goes on: %s", name, error)
+                with self._wake:
+                    if name in self._waiting:  # a newer version came meanwhile
+                        link.unlink()
+                    else:
+                        self._waiting[name] = link
+                    if not self._closing:
+                        self._wake.wait(RETRY_SECONDS)
+            except Exception as error:  # raised in the training thread, by the next upload or at the end
+                self._failure = error
+                return
 
     def _send(self, name: str, link: Path) -> None:
-        try:
-            self.uploaded[name] = (self._target / name).upload_file(link)
-        finally:
-            link.unlink()
+        self.uploaded[name] = (self._target / name).upload_file(link)
+        link.unlink()
