@@ -200,9 +200,13 @@ def _execute(
 
 
 def hardware_threads() -> None:
-    """Numeric libraries read these when they load: as many threads as the cgroup has cores, and no spinning."""
+    """Numeric libraries read these when they load: as many threads as the cgroup has cores, and little spinning.
+
+    Idle threads that sleep at once halve the speed of small steps (17 instead of 35 images/s of the smallest variant
+    on two cores); threads that spin for long take the cores from whatever else runs. A short spin costs 5 %.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(hardware.cpu_count()))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _parser(stage: Stage) -> argparse.ArgumentParser:
