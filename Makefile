@@ -27,8 +27,8 @@ demo: $(READY) ## Run the whole DAG on drawn shapes: dataset in, promoted ONNX m
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
 
-test-long: demo ## Run the demo, check what it learned, and run the DAG on real images where they are
-	$(BIN)/python -m pytest -o addopts="-ra" tests/long
+test-long: demo ## Run the demo and check it, the DAG on real images, and the full-size reference cases
+	$(BIN)/python -m pytest -m long
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ import pytest
 
 from rfdetr_core.data.prepared import PreparedDataset
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 BCCD = Path(os.environ.get("RFDETR_BCCD", ROOT.parent / "shared" / "data" / "bccd"))
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 RUN = Path(__file__).parents[2] / "runs" / "s3" / "rfdetr" / "runs" / "demo"
 
 

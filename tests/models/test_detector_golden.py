@@ -149,7 +149,7 @@ def test_architecture_flags(case: str, mode: str) -> None:
     assert_outputs(outputs, case, mode)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["nano", "small", "medium", "base", "large", "large-deprecated"])
 def test_full_size(variant: str) -> None:
     name = variant.replace("-", "_")
@@ -169,7 +169,7 @@ def test_full_size(variant: str) -> None:
     assert np.mean(detections["labels"].numpy() == data["eval.post0.labels"]) > 0.98  # neighbours may swap
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_size_padded() -> None:
     images = [golden.gauss(601, (3, 384, 288)), golden.gauss(602, (3, 300, 384))]
     outputs, _ = run(golden.build(variant="nano"), images, "eval")

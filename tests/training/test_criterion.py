@@ -155,7 +155,7 @@ def test_losses_and_gradients_with_other_architectures(case: str) -> None:
     assert_gradients(model, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_size_training_with_thirteen_groups() -> None:
     data, expected = golden.arrays("nano60_train"), golden.scalars("nano60_train")
     model, targets = golden.build(variant="nano", num_queries=60, num_select=60), golden.targets("nano60_train")
@@ -236,6 +236,6 @@ def _rank(rank: int, rendezvous: str) -> None:
     assert all(torch.equal(shared[name], explicit[name]) for name in explicit)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_normaliser_is_averaged_over_the_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (f"file://{tmp_path}/rendezvous",), nprocs=2)
