@@ -82,18 +82,13 @@ class StageContext:
         return fetch(self.run / folder, self.work / "in" / folder, names=[name]) / name
 
     def detector(self, classes: int) -> ModelConfig:
-        """The architecture for a dataset of so many classes; a num_classes that the user gave is kept."""
-        given = self.config.model.num_classes
-        if given is not None and given < classes:
-            raise ConfigError(
-                f"model.num_classes: {given} is too small: the dataset has {classes} classes",
-                hint=f"use {classes}, or leave it out",
-            )
-        if given is not None and given != classes:
+        """The architecture for a dataset of so many classes."""
+        model = self.config.model.for_dataset(classes)
+        if model.num_classes != classes:
             log.warning(
-                "model.num_classes is %d, the dataset has %d classes: the head keeps the spare ones", given, classes
+                "model.num_classes is %d, the dataset has %d: the head keeps the spare ones", model.num_classes, classes
             )
-        return self.config.model.with_num_classes(classes if given is None else given)
+        return model
 
     def prepared_dataset(self) -> Path:
         """The prepared dataset as a local folder; downloaded once per machine where a cache folder is given."""

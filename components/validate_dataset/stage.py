@@ -18,7 +18,7 @@ from rfdetr_core.config import RunConfig
 from rfdetr_core.data.formats.coco import read_coco_folder
 from rfdetr_core.data.prepared import PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
-from rfdetr_core.data.scales import training_scales
+from rfdetr_core.data.scales import largest_useful_short_side
 from rfdetr_core.data.splitting import fill_missing_splits
 from rfdetr_core.data.validation import Report, ValidSplit, validate
 from rfdetr_core.errors import DatasetError
@@ -39,7 +39,6 @@ STAGE = Stage(
     ),
     resolves_config=True,
 )
-SMALLEST_SHORT_SIDE = 600  # px: what the random crop of training works on at most (training spec 3.3)
 
 log = logging.getLogger("stage.validate_dataset")
 
@@ -65,7 +64,8 @@ def body(context: StageContext) -> None:
             finding.rows[0],
         )
 
-    options = prepare_options(config)
+    limit = largest_useful_short_side(config.model, config.train) if config.dataset.reduce else None
+    options = PrepareOptions(train_short_side=limit)
     digest = dataset_digest(class_map, splits, options)
     place = f"datasets/{digest}"
     if read_manifest(context.root / place) is not None:
@@ -79,19 +79,6 @@ def body(context: StageContext) -> None:
     context.facts |= {"dataset_digest": digest}
     (context.output / "dataset.json").write_text(json.dumps({**document, "location": place}, indent=2) + "\n")
     _write_report(context.output, config, report, document)
-
-
-def prepare_options(config: RunConfig) -> PrepareOptions:
-    """Train images are reduced to what training can use at most (DESIGN section 5)."""
-    if not config.dataset.reduce:
-        return PrepareOptions(train_short_side=None)
-    scales = training_scales(
-        config.model.resolution,
-        config.model.block,
-        multi_scale=config.train.multi_scale != "off",
-        expanded=config.train.expanded_scales,
-    )
-    return PrepareOptions(train_short_side=max(*scales, SMALLEST_SHORT_SIDE))
 
 
 def _source_folder(context: StageContext) -> Path:

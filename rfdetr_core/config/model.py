@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from rfdetr_core.config.base import Bool, Config, Int, Text, Uri, whole_number
 from rfdetr_core.config.problems import Problem, not_allowed, refusal
 from rfdetr_core.config.resolution import legal_resolution, nearest_resolutions
+from rfdetr_core.errors import ConfigError
 
 
 class EncoderSize(NamedTuple):
@@ -269,6 +270,20 @@ class ModelSection(Config):
         if self.num_select == VARIANTS[self.variant]["num_select"]:
             del values["num_select"]
         return ModelConfig.parse({**values, "num_classes": num_classes})
+
+    def for_dataset(self, classes: int) -> ModelConfig:
+        """The architecture for a dataset of so many classes; a larger num_classes that was given is kept.
+
+        Raises:
+            ConfigError: a num_classes that was given is too small.
+        """
+        given = self.num_classes
+        if given is not None and given < classes:
+            raise ConfigError(
+                f"model.num_classes: {given} is too small: the dataset has {classes} classes",
+                hint=f"use {classes}, or leave it out",
+            )
+        return self.with_num_classes(classes if given is None else given)
 
 
 class ModelConfig(ModelSection):

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from rfdetr_core.data.scales import CROP_SHORT_SIDES
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# Random resize-crop of the published recipe (training spec 3.3): the shorter side becomes one of these ...
-CROP_SHORT_SIDES = (400, 500, 600)
-# ... and a square of 384 to 600 px is cut from that.
+# The random crop cuts a square of 384 to 600 px after the shorter side was resized (training spec 3.3).
 CROP_MIN, CROP_MAX = 384, 600
 
 

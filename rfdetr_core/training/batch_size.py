@@ -18,7 +18,7 @@ import torch
 from rfdetr_core import hardware
 from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.loading import Batch
-from rfdetr_core.data.scales import training_scales
+from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import DeviceMemoryError
 from rfdetr_core.training.engine import Engine, build_engine
 
@@ -94,9 +94,7 @@ def probe(model: ModelConfig, train: TrainConfig, *, images: int, max_boxes: int
 
 
 def _probe(model: ModelConfig, train: TrainConfig, images: int, max_boxes: int) -> ProbeResult:
-    scales = training_scales(
-        model.resolution, model.block, multi_scale=train.multi_scale != "off", expanded=train.expanded_scales
-    )
+    scales = configured_scales(model, train)
     side, targets = max(scales), max(1, min(max_boxes, train.auto_batch_max_targets_per_image))
     engine = build_engine(model, train)
     search = _Search(engine, side, targets, model.num_classes)

@@ -18,9 +18,8 @@ from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
 from rfdetr_core.data.formats.coco import read_coco_folder
 from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
-from rfdetr_core.data.scales import training_scales
+from rfdetr_core.data.scales import largest_useful_short_side
 from rfdetr_core.data.splitting import fill_missing_splits
-from rfdetr_core.data.transforms import CROP_SHORT_SIDES
 from rfdetr_core.data.validation import Report, validate
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.training import checkpoint
@@ -52,19 +51,13 @@ def job_in_folder(section: ModelSection, train: TrainConfig) -> TrainingJob:
         DeviceMemoryError: not even a batch of one image fits.
     """
     output = Path(train.output_dir)
-    dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, _prepare_options(section, train))
-    model = _for_classes(section, len(dataset.class_map))
+    options = PrepareOptions(train_short_side=largest_useful_short_side(section, train))
+    dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options)
+    model = section.for_dataset(len(dataset.class_map))
     inputs = _inputs(model, train, dataset)
     _refuse_another_training(output, inputs)
     batch_size, grad_accum_steps = _batch(model, train, dataset, inputs, output / "probe.json")
     return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs)
-
-
-def _prepare_options(section: ModelSection, train: TrainConfig) -> PrepareOptions:
-    """Train images are reduced once to what training can use at most (DESIGN section 5)."""
-    multi_scale = train.multi_scale != "off"
-    scales = training_scales(section.resolution, section.block, multi_scale=multi_scale, expanded=train.expanded_scales)
-    return PrepareOptions(train_short_side=max(*scales, *CROP_SHORT_SIDES))
 
 
 def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> PreparedDataset:
@@ -87,13 +80,6 @@ def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> Pr
         (output / "report.json").write_text(json.dumps(report_json(str(source), report, document), indent=2) + "\n")
         (output / "report.html").write_text(report_html(str(source), report, document))
     return dataset
-
-
-def _for_classes(section: ModelSection, classes: int) -> ModelConfig:
-    given = section.num_classes
-    if given is not None and given < classes:
-        raise ConfigError(f"num_classes: {given} is too small: the dataset has {classes} classes", hint="leave it out")
-    return section.with_num_classes(classes if given is None else given)
 
 
 def _inputs(model: ModelConfig, train: TrainConfig, dataset: PreparedDataset) -> str:

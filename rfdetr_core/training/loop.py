@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from rfdetr_core.data.loading import Batch, EpochSampler, LoaderSettings, eval_loader, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.data.scales import training_scales
+from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import Terminated
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.inference import predict_split
@@ -97,9 +97,7 @@ def train(
 
     # ---- data and schedule --------------------------------------------------------------------------------
     train_split, valid_split = job.dataset.split("train"), job.dataset.split("valid")
-    scales = training_scales(
-        job.model.resolution, job.model.block, multi_scale=config.multi_scale != "off", expanded=config.expanded_scales
-    )
+    scales = configured_scales(job.model, config)
     sampler = EpochSampler(
         len(train_split),
         batch_size=job.batch_size,
