@@ -1,0 +1,432 @@
+"""Weight files as others write them, read without executing anything in them (model spec 7.2).
+
+Every file is read with `weights_only=True`, where a pickle can name classes and call only those that are
+allowed. Classes of a file's metadata that this program does not know are allowed by name, and each name
+stands for `Inert`: it takes what it is given, keeps it as data, imports nothing and calls nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import re
+import types
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfdetr_core.config import ENCODERS, VARIANTS, ModelConfig
+from rfdetr_core.errors import CheckpointError
+
+ENCODER = "backbone.0.encoder.encoder."
+POSITIONS = ENCODER + "embeddings.position_embeddings"
+PATCHES = ENCODER + "embeddings.patch_embeddings.projection.weight"
+DECODER_LAYERS = "transformer.decoder.layers."
+
+_NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")
+_AGAIN = "download it again, or give another file"
+# Tested in this order: a name that holds "seg-large" holds "large" as well (spec 7.3, last rule).
+_NAME_PARTS = (
+    *(f"seg-{size}" for size in ("2xlarge", "xxlarge", "xlarge", "large", "medium", "small", "nano", "preview")),
+    "keypoint-preview",
+    *("2xlarge", "xxlarge", "xlarge", "large-deprecated", "large", "medium", "small", "nano", "base", "pico"),
+)
+_FROM_ARGS = {
+    *("encoder", "hidden_dim", "patch_size", "num_windows", "out_feature_indexes", "projector_scale", "dec_layers"),
+    *("sa_nheads", "ca_nheads", "dec_n_points", "dim_feedforward", "resolution", "positional_encoding_size"),
+    *("num_queries", "num_select", "group_detr", "num_channels", "two_stage", "bbox_reparam"),
+    *("lite_refpoint_refine", "layer_norm", "ia_bce_loss", "segmentation_head", "mask_downsample_ratio"),
+    "num_decoder_registers",
+}
+"""What shapes the network; further fields of old `args` say how somebody trained."""
+_NOT_RESTORED = {"variant", "device", "pretrain_weights", "requested_resolution", "backbone_lora", "num_classes"}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What a weight file holds, whichever program wrote it; tensors lie on the CPU."""
+
+    path: Path
+    state: dict[str, Tensor]
+    """Published key -> tensor; prefixes are stripped."""
+    args: dict[str, Any]
+    """Training arguments as plain data; empty if the file has none."""
+    model_name: str | None
+    """Class name such as RFDETRNano."""
+    model_config: dict[str, Any]
+    """Architecture fields, where the file has them."""
+    class_names: tuple[str, ...]
+    """In the order of the labels; empty if unknown."""
+    stubs: tuple[str, ...]
+    """Dotted names of the unknown classes of the metadata; none was imported."""
+    md5: str
+    notes: tuple[str, ...] = ()
+    """What a reader should know: one sentence each."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head: its rows, less the one that no label uses."""
+        return len(self.state["class_embed.bias"]) - 1
+
+
+class Inert:
+    """Stands for any class of a file's metadata: keeps the state that it is given, and does nothing."""
+
+    dotted = ""
+
+    def __new__(cls, *_: Any, **__: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.kept: dict[Any, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        # In a dict of its own: no name in the file can become an attribute of this object.
+        parts = state if isinstance(state, tuple) else (state,)
+        self.kept = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+
+
+def read_weight_file(path: Path) -> WeightFile:
+    """Read a weight file of upstream (spec 7.2), of ours, or a bare state dict.
+
+    Raises:
+        CheckpointError: absent, not a weight file, damaged, holds code, values that are not finite, or no detector.
+    """
+    path = Path(path)
+    _recognise(path)
+    content, stubs = _load(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {_kind(content)}, and no weights", hint=_AGAIN)
+    try:
+        plain = _Plain()
+        args = plain.mapping(content.get("args")) or plain.mapping(content.get("hyper_parameters"))
+        model_config = plain.mapping(content.get("model_config"))
+        model_name = content.get("model_name")
+        names = _class_names(args, plain.of(content.get("classes")))
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: its metadata is nested without end", hint=_AGAIN) from error
+    state = _checked(_state(content, path), path)
+    with path.open("rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return WeightFile(
+        path=path,
+        state=state,
+        args=args,
+        model_name=model_name if isinstance(model_name, str) else None,
+        model_config=model_config,
+        class_names=names,
+        stubs=tuple(shown(name) for name in stubs),
+        md5=md5,
+        notes=tuple(_notes(content)),
+    )
+
+
+def shown(text: str) -> str:
+    """A name out of a file, so that it can stand in a one-line message."""
+    plain = ascii(text)[1:-1]
+    return plain if len(plain) <= 150 else plain[:150] + "..."
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """'256 x 3 x 16 x 16'; 'a scalar' for none."""
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+# Opening
+
+
+def _recognise(path: Path) -> None:
+    """Say early, and in words, what is no weight file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check the path") from error
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty", hint=_AGAIN)
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: the file is cut off or damaged: its end is missing", hint=_AGAIN)
+    elif head[0] != 0x80:  # what a pickle starts with, as files of torch before 1.6 do
+        raise CheckpointError(f"{path}: not a weight file of PyTorch: it starts with {head!r}", hint=_AGAIN)
+
+
+def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """The content, and the names of unknown classes in it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
+            unknown = _unknown_classes(path)
+            allowed: list[Any] = [
+                (type("Inert", (Inert,), {"dotted": name}), name) for name in (*_NAMESPACES, *unknown)
+            ]
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True), unknown
+    except Exception as error:  # a damaged file shows as any of a dozen types, by where it is damaged
+        reason = shown(str(error).partition("\n")[0]) or type(error).__name__
+        if (code := re.search(r"GLOBAL (\S+) whose module", str(error))) is not None:
+            raise CheckpointError(
+                f"{path}: refused: it asks to run {shown(code[1])}, which no weight file needs",
+                hint="do not use this file",
+            ) from error
+        raise CheckpointError(f"{path}: not a readable weight file: {reason}", hint=_AGAIN) from error
+
+
+def _unknown_classes(path: Path) -> tuple[str, ...]:
+    """Dotted names; only zip files can tell, and in the older format nothing unknown is allowed."""
+    if not zipfile.is_zipfile(path):
+        return ()
+    found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return tuple(sorted(set(found) - set(_NAMESPACES)))
+
+
+# Weights
+
+
+def _state(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """The state dict with published keys, wherever the file has it."""
+    if "model" in content:
+        state = content["model"]
+        prefixes = ["module."]
+    elif "state_dict" in content:
+        state = content["state_dict"]
+        prefixes = ["model.", "_orig_mod."]
+    else:
+        state, prefixes = content, ["module."]
+        if not any(isinstance(value, Tensor) for value in content.values()):
+            keys = ", ".join(shown(str(key)) for key in list(content)[:5]) or "no entry"
+            raise CheckpointError(
+                f"{path}: holds no weights: neither 'model' nor 'state_dict', but {keys}", hint=_AGAIN
+            )
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: its weights are {_kind(state)}, not a table of tensors", hint=_AGAIN)
+    for prefix in prefixes:
+        state = _stripped(state, prefix, path)
+    return state
+
+
+def _stripped(state: dict[Any, Any], prefix: str, path: Path) -> dict[Any, Any]:
+    stripped = {key.removeprefix(prefix) if isinstance(key, str) else key: value for key, value in state.items()}
+    if len(stripped) != len(state):
+        raise CheckpointError(f"{path}: has keys both with and without the prefix {prefix!r}", hint=_AGAIN)
+    return stripped
+
+
+def _checked(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Plain tensors of finite numbers, detached from whatever the file attached to them."""
+    checked = {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: a key of its weights is {_kind(key)}", hint=_AGAIN)
+        where = f"{path}: {shown(key)}"
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where} is {_kind(value)}, not a tensor", hint=_AGAIN)
+        if type(value) not in (Tensor, torch.nn.Parameter) or not _is_plain(value):
+            raise CheckpointError(f"{where} is no plain tensor", hint="save it as a dense tensor")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{where} has values that are not finite", hint="its training diverged: give other weights"
+            )
+        checked[key] = value.detach()
+    _require_detector(checked, path)
+    return checked
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Dense, on the CPU, and with as many bytes behind it as it has elements: a stride of 0 can pretend terabytes."""
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _require_detector(state: dict[str, Tensor], path: Path) -> None:
+    if any(key.startswith("backbone.0.encoder.base_model.") or ".lora_" in key for key in state):
+        raise CheckpointError(
+            f"{path}: holds LoRA adapters that are not merged into the encoder's weights",
+            hint="merge them with the program that trained it, and save the result",
+        )
+    weight, bias = state.get("class_embed.weight"), state.get("class_embed.bias")
+    if weight is None or bias is None:
+        key = "class_embed.weight" if weight is None else "class_embed.bias"
+        raise CheckpointError(f"{path}: not the weights of an RF-DETR detector: no {key}", hint=_AGAIN)
+    if bias.dim() != 1 or len(bias) < 2 or weight.dim() != 2 or len(weight) != len(bias):
+        found = f"{shape_text(tuple(weight.shape))} and {shape_text(tuple(bias.shape))}"
+        raise CheckpointError(f"{path}: class_embed is no class head: weight and bias are {found}", hint=_AGAIN)
+
+
+# Metadata
+
+
+class _Plain:
+    """Turns what was unpickled into dicts, lists, numbers and texts; what is neither becomes None.
+
+    Each container is converted once: a file can refer to one object a million times, or an object to itself.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[int, Any] = {}
+
+    def mapping(self, value: Any) -> dict[str, Any]:
+        plain = self.of(value)
+        return plain if isinstance(plain, dict) else {}
+
+    def of(self, value: Any) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, argparse.Namespace | types.SimpleNamespace):
+            value = vars(value)  # real ones arrive only where the host program allowed them
+        if isinstance(value, Inert):
+            value = value.kept or None
+        if isinstance(value, Mapping):
+            if id(value) not in self.known:
+                table = self.known[id(value)] = {}
+                table.update({key: self.of(entry) for key, entry in value.items() if isinstance(key, str)})
+            return self.known[id(value)]
+        if isinstance(value, list | tuple | set):
+            if id(value) not in self.known:
+                rows = self.known[id(value)] = []
+                rows.extend(self.of(entry) for entry in value)
+            return self.known[id(value)]
+        return None
+
+
+def _class_names(args: dict[str, Any], classes: Any) -> tuple[str, ...]:
+    """`args.class_names`, or the class table of our own files."""
+    names = args.get("class_names")
+    if not names and isinstance(classes, list):
+        names = [row.get("name") if isinstance(row, dict) else None for row in classes]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names)
+
+
+def _notes(content: dict[Any, Any]) -> list[str]:
+    if isinstance(content.get("ema_model"), dict) and "model" in content:
+        return ["the file also holds averaged weights (ema_model): they are not used, model is"]
+    return []
+
+
+def _kind(value: Any) -> str:
+    """What something is, for a message."""
+    if isinstance(value, Inert):
+        return f"an object of the unknown class {shown(value.dotted)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+# What the file is
+
+
+def variant_of(file: WeightFile, name: str | None = None) -> str | None:
+    """The variant of a file: by its class, else by name (spec 7.3, last rule), else by the shapes of its tensors.
+
+    A name that contradicts the shapes does not count, if these are exactly those of another variant: the
+    published rf-detr-large.pth is large-deprecated.
+
+    Args:
+        file: what `read_weight_file` gave.
+        name: the name under which it is published, if `file.path` has another one.
+
+    Returns:
+        A key of VARIANTS; or the published name of a kind that this package does not build, such as seg-nano;
+        or None.
+    """
+    named = _named_variant(file, name or file.path.name)
+    if named is not None and (named not in VARIANTS or _resembles(file, named)):
+        return named
+    alike = [
+        variant
+        for variant in VARIANTS
+        if _resembles(file, variant) and _grid(file) == ModelConfig.parse({"variant": variant}).positional_encoding_size
+    ]
+    return alike[0] if len(alike) == 1 else named
+
+
+def _named_variant(file: WeightFile, name: str) -> str | None:
+    own = file.model_config.get("variant")
+    if own in VARIANTS:
+        return str(own)
+    if file.model_name is not None and file.model_name.startswith("RFDETR"):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z0-9])", "-", file.model_name.removeprefix("RFDETR")).lower()
+        if words in _NAME_PARTS:
+            return words
+    for text in (file.args.get("pretrain_weights"), name):
+        if isinstance(text, str):
+            for part in _NAME_PARTS:
+                if part in text:
+                    return part
+    return None
+
+
+def _resembles(file: WeightFile, variant: str) -> bool:
+    """Whether the sizes that a user rarely changes are the variant's."""
+    found, wanted = _from_shapes(file.state), VARIANTS[variant]
+    return all(found.get(field) == wanted[field] for field in ("encoder", "patch_size", "hidden_dim", "dec_layers"))
+
+
+def _grid(file: WeightFile) -> int | None:
+    side: int | None = _from_shapes(file.state).get("positional_encoding_size")
+    return side
+
+
+def architecture_of(file: WeightFile) -> dict[str, Any]:
+    """The fields of ModelConfig that the file determines; `variant` is `variant_of`'s to say.
+
+    They are the file's own `model_config`, else the architecture among its `args`; shapes of tensors go first.
+    `device`, `pretrain_weights` and `variant` are never among them.
+    """
+    said = {
+        key: value
+        for key, value in file.model_config.items()
+        if key in ModelConfig.model_fields and key not in _NOT_RESTORED and value is not None
+    } or {key: value for key, value in file.args.items() if key in _FROM_ARGS and value is not None}
+    found = said | _from_shapes(file.state)
+    groups, queries = found.get("group_detr"), file.state.get("refpoint_embed.weight")
+    if isinstance(groups, int) and groups > 0 and queries is not None and queries.dim() == 2:
+        rows = queries.shape[0]
+        if rows and rows % groups == 0:
+            found["num_queries"] = rows // groups
+    return found | {"num_classes": file.num_classes}
+
+
+def _from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fields that the shapes and names of the tensors determine."""
+    found: dict[str, Any] = {"hidden_dim": state["class_embed.weight"].shape[1]}
+    patches, positions = state.get(PATCHES), state.get(POSITIONS)
+    if patches is not None and patches.dim() == 4:
+        width, found["num_channels"], found["patch_size"] = patches.shape[:3]
+        depth = _count(state, ENCODER + "encoder.layer.")
+        registers = ENCODER + "embeddings.register_tokens" in state
+        for name, size in ENCODERS.items():
+            if (size.width, size.depth, "registers" in name) == (width, depth, registers):
+                found["encoder"] = name
+    if positions is not None and positions.dim() == 3:
+        side = math.isqrt(max(positions.shape[1] - 1, 0))
+        if side * side == positions.shape[1] - 1:
+            found["positional_encoding_size"] = side
+    if layers := _count(state, DECODER_LAYERS):
+        found["dec_layers"] = layers
+        found["lite_refpoint_refine"] = "transformer.decoder.bbox_embed.layers.0.weight" not in state
+        groups = _count(state, "transformer.enc_output.")
+        found["two_stage"] = groups > 0
+        if groups:
+            found["group_detr"] = groups
+    inner = state.get(DECODER_LAYERS + "0.linear1.weight")
+    if inner is not None and inner.dim() == 2:
+        found["dim_feedforward"] = inner.shape[0]
+    if any(key.startswith("backbone.0.projector.") for key in state):
+        found["layer_norm"] = not any(
+            key.startswith("backbone.0.projector.") and key.endswith(".running_mean") for key in state
+        )
+    return found
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered parts stand behind a prefix."""
+    return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
