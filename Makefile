@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint compile lock clean
+.PHONY: help setup demo test test-long golden bench peer lint compile lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,20 @@ test: $(READY) ## Run the tests
 test-long: demo ## Run the demo and check it, the DAG on real images, and the full-size reference cases
 	$(BIN)/python -m pytest -m long
 
+golden: $(READY) ## Compare with the reference numbers, a line per golden file
+	$(BIN)/python -m tests.models.golden_report
+
+bench: $(READY) ## Measure the model beside the reference package (needs make peer)
+	$(BIN)/python -m benchmarks.model
+
+# The reference package, in an environment of its own: for comparisons only, never a dependency.
+PEER := .peer
+peer: $(PEER)/.ready ## Install the reference package beside us, for comparisons
+$(PEER)/.ready:
+	$(PYTHON) -m venv --clear $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch torchvision "rfdetr[train,loggers,onnx]==1.11.2"
+	@touch $@
+
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +58,4 @@ lock: $(READY) ## Pin all dependencies anew, with hashes, into requirements-dev.
 	  --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements-dev.txt
 
 clean: ## Remove the virtual environment and what demo and tests left
-	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(PEER) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
