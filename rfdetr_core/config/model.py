@@ -103,6 +103,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Defaults of each variant (model spec 1.1); a field the user gives wins."""
 
 
+_CLASSIFICATION_LOSSES = ("ia_bce_loss", "use_position_supervised_loss", "use_varifocal_loss")  # the first wins
+
+
 class ModelSection(Config):
     """The `model` section: like ModelConfig, but the number of classes may be left to the dataset.
 
@@ -163,7 +166,13 @@ class ModelSection(Config):
     layer_norm: Bool = True
     """Layer norm in the projector, instead of batch norm."""
     ia_bce_loss: Bool = True
-    """IoU-aware classification loss, instead of the focal loss."""
+    """IoU-aware classification loss, instead of the focal loss or of one of the next two."""
+    use_position_supervised_loss: Bool = False
+    """Position-supervised classification loss; needs ia_bce_loss: false."""
+    use_varifocal_loss: Bool = False
+    """Varifocal classification loss; needs ia_bce_loss: false."""
+    sum_group_losses: Bool = False
+    """Add up the losses of the query groups in training, instead of averaging them."""
     gradient_checkpointing: Bool = False
     """Recompute encoder blocks in backward: less memory, more time."""
     freeze_encoder: Bool = False
@@ -240,6 +249,7 @@ class ModelSection(Config):
             rule = f"must be a multiple of 4, sa_nheads = {self.sa_nheads} and ca_nheads = {self.ca_nheads}"
             yield not_allowed("hidden_dim", self.hidden_dim, rule, max(round(self.hidden_dim / step), 1) * step)
         yield from self._misplaced_features()
+        yield from self._second_losses()
         available = self.num_queries * (self.num_classes + 1) if self.num_classes else None
         if available is not None and self.num_select > available:
             rule = f"must be at most num_queries x (num_classes + 1) = {available}"
@@ -257,6 +267,12 @@ class ModelSection(Config):
         if not scales or list(scales) != sorted(set(scales)):
             rule = "must be ascending scales, each once"
             yield not_allowed("projector_scale", scales, rule, sorted(set(scales)) or ["P4"])
+
+    def _second_losses(self) -> Iterator[Problem]:
+        """Of two classification losses one would be ignored."""
+        first, *others = [name for name in _CLASSIFICATION_LOSSES if getattr(self, name)] or [""]
+        for name in others:
+            yield not_allowed(name, True, f"{first} is true, and one loss is used; set model.{first}: false")
 
     def with_num_classes(self, num_classes: int) -> ModelConfig:
         """The architecture for that many classes.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 _NORM_EPS = 1e-6
 _BOTTLENECKS = 3
+_SUBSAMPLED = 0.25
 SCALE_FACTORS = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
 
 
@@ -89,23 +90,28 @@ class Upsample(nn.ConvTranspose2d):
 
 
 class Projector(nn.Module):
-    """Maps (B, h, w, E), one per encoder output, to maps (B, h*f, w*f, D), one per factor f of `factors`."""
+    """Maps (B, h, w, E), one per encoder output, to maps (B, h*f, w*f, D), one per factor f of `factors`.
+
+    A factor is 4, 2, 1 or 0.5. A last one of 0.25 has no weights: it takes every second cell of the map before
+    it, whatever that one's size (spec section 3). Raises ValueError for any other factor.
+    """
 
     def __init__(
         self, channels_in: Sequence[int], channels_out: int, factors: Sequence[float], *, layer_norm: bool
     ) -> None:
         super().__init__()
-        self.factors = tuple(factors)
+        self.subsampled = len(factors) > 1 and factors[-1] == _SUBSAMPLED
+        self.factors = tuple(factors[:-1] if self.subsampled else factors)
         self.stages_sampling = nn.ModuleList(
             nn.ModuleList(_resampler(channels, factor, layer_norm=layer_norm) for channels in channels_in)
-            for factor in factors
+            for factor in self.factors
         )
         self.stages = nn.ModuleList(
             nn.Sequential(
                 C2f(_resampled_channels(channels_in, factor), channels_out, layer_norm=layer_norm),
                 nn.LayerNorm(channels_out, eps=_NORM_EPS),
             )
-            for factor in factors
+            for factor in self.factors
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -113,20 +119,30 @@ class Projector(nn.Module):
         for samplers, stage in zip(self.stages_sampling, self.stages, strict=True):
             resampled = [sampler(x) for sampler, x in zip(samplers, maps, strict=True)]  # type: ignore[call-overload]
             outputs.append(stage(torch.cat(resampled, dim=-1)))
+        if self.subsampled:
+            outputs.append(outputs[-1][:, ::2, ::2])
         return outputs
 
     def shapes(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
         """(h, w) of each output for input maps of `grid`; an odd side halves upwards."""
-        return [(math.ceil(grid[0] * factor), math.ceil(grid[1] * factor)) for factor in self.factors]
+        shapes = [(math.ceil(grid[0] * factor), math.ceil(grid[1] * factor)) for factor in self.factors]
+        if self.subsampled:
+            shapes.append((math.ceil(shapes[-1][0] / 2), math.ceil(shapes[-1][1] / 2)))
+        return shapes
 
 
 def _resampler(channels: int, factor: float, *, layer_norm: bool) -> nn.Sequential:
+    if factor == 4.0:
+        half = channels // 2
+        return nn.Sequential(Upsample(channels), nn.LayerNorm(half, eps=_NORM_EPS), nn.GELU(), Upsample(half))
     if factor == 2.0:
         return nn.Sequential(Upsample(channels))
     if factor == 0.5:
         return nn.Sequential(ConvNorm(channels, channels, 3, layer_norm=layer_norm, relu=True, stride=2))
-    return nn.Sequential()  # factor 1: nothing to do, and no entry in the state dict
+    if factor == 1.0:
+        return nn.Sequential()  # nothing to do, and no entry in the state dict
+    raise ValueError(f"no projector stage of factor {factor}: use 4, 2, 1 or 0.5, and 0.25 only after another one")
 
 
 def _resampled_channels(channels_in: Sequence[int], factor: float) -> int:
-    return sum(channels // 2 if factor == 2.0 else channels for channels in channels_in)
+    return sum(channels // int(max(factor, 1.0)) for channels in channels_in)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,19 @@ _ALPHA = 0.25
 _MIN_TARGET = 0.01  # of the IoU-aware classification target
 
 
+class Positives(NamedTuple):
+    """The entries of the class logits that an assigned target makes positive; K of them."""
+
+    logits: Tensor
+    """(K,)."""
+    iou: Tensor
+    """(K,) of predicted box and target, without gradient."""
+    image: Tensor
+    """(K,) int64, counted on over all layers: layer * B + image."""
+    images: int
+    """layers * B."""
+
+
 class Criterion(nn.Module):
     """Classification, box and GIoU losses of every decoder layer and of the two-stage selection.
 
@@ -28,7 +41,8 @@ class Criterion(nn.Module):
     def __init__(self, config: ModelConfig, cls_loss_coef: float = 1.0) -> None:
         super().__init__()
         self.groups = config.group_detr
-        self.classification = ia_bce if config.ia_bce_loss else focal
+        self.sum_groups = config.sum_group_losses
+        self.classification = _classification_loss(config)
         weights = {"loss_ce": cls_loss_coef, "loss_bbox": _LOSS_BBOX, "loss_giou": _LOSS_GIOU}
         suffixes = ["", *(f"_{layer}" for layer in range(config.dec_layers - 1))]
         if config.two_stage:
@@ -41,9 +55,10 @@ class Criterion(nn.Module):
         """Loss terms, unweighted scalars: `loss_ce`, `loss_bbox`, `loss_giou` and diagnostics per layer.
 
         `outputs` are the detector's; per image a target holds `labels` (n,) int64 and `boxes` (n, 4) cxcywh in
-        [0, 1]. Names end in `_0`.. for earlier layers and `_enc` for the two-stage selection. The diagnostics
-        `class_error` (last layer, percent) and `cardinality_error` have no weight. All terms are divided by
-        `num_boxes`, by default the number of targets x groups, averaged over the ranks, at least 1.
+        [0, 1], and may hold `valid` (n,) bool, False on rows that only pad it. Names end in `_0`.. for earlier
+        layers and `_enc` for the two-stage selection. The diagnostics `class_error` (last layer, percent) and
+        `cardinality_error` have no weight. All terms are divided by `num_boxes`, at least 1; its default is the
+        number of targets, averaged over the ranks, x groups, or with `sum_group_losses` without the groups.
 
         Raises DatasetError for a label that the head has no column for.
         """
@@ -59,7 +74,8 @@ class Criterion(nn.Module):
         packed = pack_targets(targets, boxes)
         groups = self.groups if self.training else 1
         matches = match_layers(logits.detach(), boxes.detach(), packed, sizes, groups)
-        normaliser = self._num_boxes(packed, groups, boxes.device) if num_boxes is None else max(1.0, num_boxes)
+        shares = 1 if self.sum_groups else groups
+        normaliser = self._num_boxes(packed, shares, boxes.device) if num_boxes is None else max(1.0, num_boxes)
 
         losses = self._losses(logits, boxes, packed, matches, sizes) / normaliser  # (3, layers)
         cardinality = _cardinality_error(logits.detach(), packed, sizes)
@@ -84,8 +100,13 @@ class Criterion(nn.Module):
         pairs = (matches.image, matches.query)
         predicted, wanted = boxes[pairs], targets.boxes[matches.target]  # (K, 4)
         iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
-        positives = logits[(*pairs, targets.labels[matches.target])]  # (K,)
-        background, correction = self.classification(logits, positives, iou.detach())
+        positives = Positives(
+            logits[(*pairs, targets.labels[matches.target])],
+            iou.detach(),
+            matches.layer * logits.shape[0] + matches.image,
+            len(sizes) * logits.shape[0],
+        )
+        background, correction = self.classification(logits, positives)
 
         per_pair = torch.stack([correction, (predicted - wanted).abs().sum(-1), 1.0 - giou])  # (3, K)
         sums = per_pair.new_zeros(3, len(sizes)).index_add(1, matches.layer, per_pair)
@@ -93,32 +114,68 @@ class Criterion(nn.Module):
         return sums + F.pad(per_layer[None], (0, 0, 0, 2))
 
     @staticmethod
-    def _num_boxes(targets: PackedTargets, groups: int, device: torch.device) -> Tensor:
-        count = torch.tensor(float(sum(targets.counts) * groups), device=device)
+    def _num_boxes(targets: PackedTargets, shares: int, device: torch.device) -> Tensor:
+        count = torch.tensor(float(sum(targets.counts) * shares), device=device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(count)
             count = count / torch.distributed.get_world_size()
         return count.clamp(min=1.0)
 
 
-def ia_bce(logits: Tensor, positives: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU-aware binary cross-entropy (spec 6.3): a positive's target is max(0.01, p^0.25 * iou^0.75).
+def _classification_loss(config: ModelConfig) -> Callable[[Tensor, Positives], tuple[Tensor, Tensor]]:
+    """The loss that `config` chooses.
 
-    Returns every entry's loss as if it were negative, shaped as `logits`, and what to add for each positive (K,).
+    Each takes all logits (B, S, C) and the positives among them, and returns every entry's loss as if it were
+    negative, shaped as `logits`, and what to add for each positive (K,) (spec 6.3).
     """
-    p = positives.sigmoid()
-    target = (p.detach() ** _ALPHA * iou ** (1.0 - _ALPHA)).clamp(min=_MIN_TARGET)
-    as_positive = (1.0 - target) * positives + F.softplus(-positives)
-    return logits.sigmoid().square() * F.softplus(logits), as_positive - p.square() * F.softplus(positives)
+    if config.ia_bce_loss:
+        return ia_bce
+    if config.use_position_supervised_loss:
+        return position_supervised
+    return varifocal if config.use_varifocal_loss else focal
 
 
-def focal(logits: Tensor, positives: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
-    """Focal loss (Lin et al. 2017) with alpha 0.25 and gamma 2; `iou` has no part in it. Returns as `ia_bce`."""
-    del iou
-    p = positives.sigmoid()
-    as_positive = _ALPHA * (1.0 - p).square() * F.softplus(-positives)
-    as_negative = (1.0 - _ALPHA) * p.square() * F.softplus(positives)
-    return (1.0 - _ALPHA) * logits.sigmoid().square() * F.softplus(logits), as_positive - as_negative
+def ia_bce(logits: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+    """IoU-aware binary cross-entropy: a positive's target is max(0.01, p^0.25 * iou^0.75)."""
+    z = positives.logits
+    p = z.sigmoid()
+    target = (p.detach() ** _ALPHA * positives.iou ** (1.0 - _ALPHA)).clamp(min=_MIN_TARGET)
+    as_positive = (1.0 - target) * z + F.softplus(-z)
+    return logits.sigmoid().square() * F.softplus(logits), as_positive - p.square() * F.softplus(z)
+
+
+def focal(logits: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+    """Focal loss (Lin et al. 2017) with alpha 0.25 and gamma 2."""
+    z = positives.logits
+    as_positive = _ALPHA * (1.0 - z.sigmoid()).square() * F.softplus(-z)
+    return _as_negative(logits), as_positive - _as_negative(z)
+
+
+def varifocal(logits: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+    """Varifocal loss (Zhang et al. 2021): the IoU is a positive's target and weight; without overlap, a negative."""
+    z, iou = positives.logits, positives.iou
+    as_negative = _as_negative(z)
+    as_positive = torch.where(iou > 0, iou * _cross_entropy(z, iou), as_negative)
+    return _as_negative(logits), as_positive - as_negative
+
+
+def position_supervised(logits: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+    """Position-supervised loss (Liu et al. 2023): a positive's target is its IoU over the best one of its image."""
+    z, iou = positives.logits, positives.iou
+    best = iou.new_zeros(positives.images).scatter_reduce(0, positives.image, iou, "amax")
+    target = iou / (best[positives.image] + 1e-8)
+    balance = torch.where(target > 0, _ALPHA, 1.0 - _ALPHA)
+    as_positive = balance * (target - z.sigmoid()).square() * _cross_entropy(z, target)
+    return _as_negative(logits), as_positive - _as_negative(z)
+
+
+def _as_negative(logits: Tensor) -> Tensor:
+    """Focal loss of entries that are no positives, which three of the losses share."""
+    return (1.0 - _ALPHA) * logits.sigmoid().square() * F.softplus(logits)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.softplus(logits) - target * logits
 
 
 def _class_error(logits: Tensor, targets: PackedTargets, matches: Matches) -> Tensor:

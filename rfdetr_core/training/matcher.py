@@ -51,9 +51,13 @@ class Matches(NamedTuple):
 
 
 def pack_targets(targets: Sequence[Mapping[str, Tensor]], like: Tensor) -> PackedTargets:
-    """Concatenate the targets of `like.shape[0]` images on the device and in the float type of `like`."""
+    """Concatenate the targets of `like.shape[0]` images on the device and in the float type of `like`.
+
+    Of a target padded to a fixed size, `valid` (n,) bool marks the real rows; the others are left out.
+    """
     if len(targets) != like.shape[0]:
         raise ValueError(f"{len(targets)} targets for {like.shape[0]} images")
+    targets = [_without_padding(target) for target in targets]
     counts = [len(target["labels"]) for target in targets]
     return PackedTargets(
         labels=torch.cat([target["labels"] for target in targets]).to(like.device, non_blocking=True),
@@ -63,10 +67,16 @@ def pack_targets(targets: Sequence[Mapping[str, Tensor]], like: Tensor) -> Packe
     )
 
 
+def _without_padding(target: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if "valid" not in target:
+        return target
+    return {part: target[part][target["valid"]] for part in ("labels", "boxes")}
+
+
 def match(
     outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]], groups: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Match one layer: per image the matched queries, ascending, and their rows in the image's targets.
+    """Match one layer: per image the matched queries, ascending, and their rows in the image's (valid) targets.
 
     `outputs` holds `pred_logits` (B, G*Q, C) and `pred_boxes` (B, G*Q, 4); a target of `labels` (n,) and `boxes`
     (n, 4) cxcywh gets min(n, Q) queries in each of the G `groups`. Raises DatasetError for a label outside 0..C-1.

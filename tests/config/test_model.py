@@ -232,6 +232,28 @@ def test_all_inconsistencies_are_named_at_once() -> None:
     ]
 
 
+LOSSES = ("ia_bce_loss", "use_position_supervised_loss", "use_varifocal_loss")
+
+
+@pytest.mark.parametrize("chosen", [*LOSSES, None])
+def test_one_classification_loss(chosen: str | None) -> None:
+    config = ModelConfig(**{name: name == chosen for name in LOSSES})
+    assert [name for name in LOSSES if getattr(config, name)] == ([chosen] if chosen else [])
+
+
+def test_a_second_classification_loss_would_be_ignored() -> None:
+    assert refused(use_varifocal_loss=True) == (
+        "use_varifocal_loss: true is not allowed: ia_bce_loss is true, and one loss is used; "
+        "set model.ia_bce_loss: false"
+    )
+    assert error_of(model={"ia_bce_loss": False, "use_position_supervised_loss": True, "use_varifocal_loss": True}) == (
+        "model.use_varifocal_loss: true is not allowed: use_position_supervised_loss is true, and one loss is used; "
+        "set model.use_position_supervised_loss: false"
+    )
+    message = refused(use_varifocal_loss=True, use_position_supervised_loss=True)
+    assert [part.partition(":")[0] for part in message.split("; ") if "not allowed" in part] == [*LOSSES[1:]]
+
+
 def test_whole_numbers_inside_lists_may_come_as_floats() -> None:
     config = ModelConfig(out_feature_indexes=[3.0, 6.0])
     assert config.out_feature_indexes == (3, 6)
