@@ -1,52 +1,81 @@
-"""Detections of a trained detector in pictures, through the same pre-processing as its evaluation."""
+"""Detections of a detector in pictures, through the same pre-processing as its evaluation."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+from torch import Tensor
 
-from rfdetr_core.data.images import to_rgb
-from rfdetr_core.data.transforms import preprocess
+from rfdetr_core.data.images import upright_rgb
+from rfdetr_core.data.transforms import MEAN, STD, preprocess
 from rfdetr_core.errors import ConfigError, DatasetError
 from rfdetr_core.models.postprocess import postprocess
 from rfdetr_core.models.weights import TrainedModel
 
-Picture = Image.Image | str | os.PathLike[str]
+Picture = Image.Image | str | os.PathLike[str] | NDArray[Any] | Tensor
+"""A path, a Pillow image, an array (H, W, C) uint8, or a tensor (C, H, W) in [0, 1]."""
 
 AT_ONCE = 8  # pictures in one forward pass
+_RGB = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
-    """The D detections of one image, best first; all arrays are of the same length."""
+    """The D detections of one image, best first; all fields are of the same length."""
 
     boxes: NDArray[np.float64]  # (D, 4) x1, y1, x2, y2 in pixels of the upright image
     scores: NDArray[np.float64]  # (D,) in [0, 1]
-    labels: NDArray[np.int64]  # (D,) positions in the model's class_names
-    class_names: tuple[str, ...]  # (D,) the names of these labels
+    class_ids: NDArray[np.int64]  # (D,) positions in the model's class_names
+    class_names: tuple[str, ...]  # (D,) the names of these classes
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def to_supervision(self) -> Any:
+        """The same as supervision.Detections: xyxy, confidence, class_id, and data["class_name"].
+
+        Raises:
+            ConfigError: the package is not installed.
+        """
+        try:
+            supervision = importlib.import_module("supervision")
+        except ModuleNotFoundError as error:
+            raise ConfigError("supervision is not installed", hint="pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.class_ids.astype(int),
+            data={"class_name": np.array(self.class_names, dtype=str)},
+        )
 
 
 def predict_pictures(trained: TrainedModel, pictures: Sequence[Picture], threshold: float) -> list[Prediction]:
     """Detections with a score above `threshold`, one Prediction per picture; computed where the model lies.
 
     Raises:
-        ConfigError: a threshold outside 0 to 1, or something that is no picture.
-        DatasetError: a picture cannot be read.
+        ConfigError: a threshold outside 0 to 1, or something that is no picture for this model.
+        DatasetError: a picture cannot be read, has no pixels, or a tensor has values outside [0, 1].
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold: {threshold} is not allowed", hint="use 0 to 1")
     device = next(trained.module.parameters()).device
     found: list[Prediction] = []
     for start in range(0, len(pictures), AT_ONCE):
-        images = [_upright(picture) for picture in pictures[start : start + AT_ONCE]]
-        inputs = torch.cat([preprocess(image, trained.config.resolution) for image in images])
-        sizes = torch.tensor([[image.height, image.width] for image in images], device=device)
+        batch = [
+            _network_input(picture, start + row, trained.config.resolution, trained.config.num_channels)
+            for row, picture in enumerate(pictures[start : start + AT_ONCE])
+        ]
+        inputs = torch.cat([pixels for pixels, _ in batch])  # (B, C, R, R)
+        sizes = torch.tensor([size for _, size in batch], device=device)  # (B, 2) height, width
         with torch.inference_mode():
             outputs = trained.module(inputs.to(device))
             rows = postprocess(outputs["pred_logits"], outputs["pred_boxes"], sizes, trained.config.num_select)
@@ -54,22 +83,90 @@ def predict_pictures(trained: TrainedModel, pictures: Sequence[Picture], thresho
     return found
 
 
-def _upright(picture: Picture) -> Image.Image:
+def _network_input(picture: Picture, index: int, resolution: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
+    """The network's input (1, C, R, R), and height and width of the upright picture."""
+    planes: NDArray[Any]
+    if isinstance(picture, Tensor):
+        planes = _checked_tensor(picture, index, channels)
+        return _preprocess_planes(planes, resolution), (planes.shape[1], planes.shape[2])
+    if isinstance(picture, np.ndarray):
+        array = _checked_array(picture, index, channels)
+        if channels != _RGB:
+            planes = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
+            return _preprocess_planes(planes, resolution), (planes.shape[1], planes.shape[2])
+        picture = Image.fromarray(array)
+    image = _upright(picture, index, channels)
+    return preprocess(image, resolution), (image.height, image.width)
+
+
+def _checked_tensor(tensor: Tensor, index: int, channels: int) -> NDArray[np.float32]:
+    """(C, H, W) float32."""
+    what = f"images[{index}]: a tensor {tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.ndim != 3 or tensor.shape[0] != channels or not tensor.is_floating_point():
+        raise ConfigError(f"{what} is no picture", hint=f"give ({channels}, height, width) of floats in [0, 1]")
+    if not tensor.numel():
+        raise DatasetError(f"{what} has no pixels", hint="leave it out")
+    planes = tensor.detach().cpu().float()
+    if not ((planes >= 0) & (planes <= 1)).all():  # also refuses NaN
+        least, most = planes.min().item(), planes.max().item()
+        raise DatasetError(f"{what} has values from {least:g} to {most:g}", hint="scale it to [0, 1]: 8 bits / 255")
+    return np.asarray(planes.numpy(), dtype=np.float32)
+
+
+def _checked_array(array: NDArray[Any], index: int, channels: int) -> NDArray[np.uint8]:
+    """(H, W, C) uint8, or (H, W) of one channel, in one block of memory."""
+    what = f"images[{index}]: an array {array.shape} of {array.dtype}"
+    grey = array.ndim == 2 and channels in (1, _RGB)
+    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] == channels)):
+        raise ConfigError(f"{what} is no picture", hint=f"give (height, width, {channels}) of uint8")
+    if not array.size:
+        raise DatasetError(f"{what} has no pixels", hint="leave it out")
+    return np.ascontiguousarray(array)
+
+
+def _upright(picture: Image.Image | str | os.PathLike[str], index: int, channels: int) -> Image.Image:
     """RGB, with the EXIF orientation applied."""
     if not isinstance(picture, (Image.Image, str, os.PathLike)):
-        raise ConfigError(f"images: {type(picture).__name__} is no picture", hint="give Pillow images or paths")
+        kind = type(picture).__name__
+        raise ConfigError(
+            f"images[{index}]: {kind} is no picture", hint="give a path, a Pillow image, an array or a tensor"
+        )
+    if channels != _RGB:
+        raise ConfigError(
+            f"images[{index}]: files and Pillow images are read as RGB, the model takes {channels} channels",
+            hint=f"give an array (height, width, {channels}) of uint8",
+        )
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = "the image" if isinstance(picture, Image.Image) else os.fspath(picture)
-        raise DatasetError(f"{name}: cannot be read: {error}", hint="give a picture that Pillow opens") from error
+        if isinstance(picture, Image.Image):
+            image = upright_rgb(picture)
+        else:
+            with Image.open(picture) as file:
+                image = upright_rgb(file)
+        if not image.width or not image.height:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+    except Exception as error:  # Pillow's decoders let a broken file raise whatever it leads them to
+        name = f"images[{index}]" if isinstance(picture, Image.Image) else os.fspath(picture)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DatasetError(f"{name}: cannot be read: {reason}", hint="give a picture that Pillow opens") from error
+    return image
 
 
-def _prediction(row: dict[str, torch.Tensor], names: tuple[str, ...], threshold: float) -> Prediction:
-    """What is above the threshold; the spare last column of the head names no class."""
+def _preprocess_planes(planes: NDArray[Any], resolution: int) -> Tensor:
+    """`preprocess` for channels (C, H, W) of uint8, or of float32 in [0, 1]: the same resampling, channel by channel.
+
+    ImageNet's mean and std are repeated cyclically (model spec section 8).
+    """
+    square, scale = (resolution, resolution), 255.0 if planes.dtype == np.uint8 else 1.0
+    resized = [Image.fromarray(np.ascontiguousarray(p)).resize(square, Image.Resampling.BILINEAR) for p in planes]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])[None])  # (1, C, R, R)
+    mean, std = (torch.tensor([*islice(cycle(row), len(planes))]).view(-1, 1, 1) for row in (MEAN, STD))
+    return pixels.to(torch.float32).div_(scale).sub_(mean).div_(std)
+
+
+def _prediction(row: dict[str, Tensor], names: tuple[str, ...], threshold: float) -> Prediction:
+    """What is above the threshold, and of a class that has a name: the spare column of the head has none."""
     scores, labels = row["scores"].cpu().numpy().astype(np.float64), row["labels"].cpu().numpy()
-    kept = (scores > threshold) & (labels < len(names))
+    named = np.array([label < len(names) and names[label] != "" for label in labels], dtype=bool)
+    kept = (scores > threshold) & named
     boxes = row["boxes"].cpu().numpy().astype(np.float64)[kept]
     return Prediction(boxes, scores[kept], labels[kept], tuple(names[label] for label in labels[kept]))

@@ -14,6 +14,7 @@ from rfdetr_core.config.model import VARIANTS
 from rfdetr_core.config.problems import redact, show
 from rfdetr_core.config.run import RunConfig
 from rfdetr_core.config.train import MOVED_TO_MODEL
+from rfdetr_core.config.unbuilt import refuse_other_channels
 from rfdetr_core.config.yaml_text import DEEPEST, read_scalar, read_yaml, write_yaml
 from rfdetr_core.errors import ConfigError
 
@@ -53,7 +54,10 @@ def parse_run_config(
         _check_overrides(overrides, "overrides")
         values = merge(_without_superseded(values, overrides), overrides)
         source += " with overrides"
-    return RunConfig.parse(_with_absolute_paths(values), source=source)
+    _refuse_weights_of_the_web(values, source)
+    config = RunConfig.parse(_with_absolute_paths(values), source=source)
+    refuse_other_channels(config.model, "a pipeline")
+    return config
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,6 +206,16 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(path, str) and path and "://" not in path:
             result[section] = {**fields, name: str(home_expanded(path).absolute())}
     return result
+
+
+def _refuse_weights_of_the_web(values: dict[str, Any], source: str) -> None:
+    """Stages see no network but the store (DESIGN section 9): weights are brought there once."""
+    given = _mapping(values.get("model")).get("pretrain_weights")
+    if isinstance(given, str) and given.lower().startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{redact(source)}: model.pretrain_weights: {show(given)} is not reached from a pipeline",
+            hint="bring it into the store once, with rfdetr-pipeline weights put, and give the s3:// URI it prints",
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

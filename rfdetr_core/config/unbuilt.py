@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rfdetr_core.config.base import Config
+from rfdetr_core.config.model import ModelSection
 from rfdetr_core.config.problems import Problem, as_config_error, show
+from rfdetr_core.errors import ConfigError
 
 
 class Unbuilt(NamedTuple):
@@ -22,7 +24,6 @@ class Unbuilt(NamedTuple):
 
 NOT_BUILT: dict[str, Unbuilt] = {
     "dataset.format": Unbuilt("the readers of YOLO and Pascal VOC", works=("auto", "coco")),
-    "model.num_channels": Unbuilt("images of other than three channels"),
     "model.segmentation_head": Unbuilt("masks"),
     "model.mask_downsample_ratio": Unbuilt("masks"),
     "model.backbone_lora": Unbuilt("low-rank adapters"),
@@ -31,7 +32,6 @@ NOT_BUILT: dict[str, Unbuilt] = {
     "model.cuda_graphs": Unbuilt("CUDA graphs of the training step"),
     "model.fused_optimizer": Unbuilt("the choice of AdamW's kernel"),
     "model.device": Unbuilt("the old spelling of train.accelerator"),
-    "model.pretrain_weights": Unbuilt("starting from pretrained weights"),
     "train.max_hours": Unbuilt("the time budget"),
     "train.resume": Unbuilt("the warm start"),
     "train.notes": Unbuilt("notes in checkpoints"),
@@ -96,6 +96,19 @@ def refuse_unbuilt(config: Config, section: str) -> None:
     problems = list(unbuilt_problems(config, section))
     if problems:
         raise as_config_error(problems)
+
+
+def refuse_other_channels(model: ModelSection, what: str) -> None:
+    """Refuse to train, evaluate or export a model of other than three channels: image files are read as RGB.
+
+    Raises:
+        ConfigError: model.num_channels is not 3.
+    """
+    if model.num_channels != 3:
+        raise ConfigError(
+            f"model.num_channels: {model.num_channels} does not go with {what}: image files are read as RGB",
+            hint="use 3; prediction alone takes arrays of other channel counts",
+        )
 
 
 def unbuilt_fields() -> list[str]:

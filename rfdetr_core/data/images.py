@@ -34,7 +34,22 @@ def decode_image(data: bytes, orientation: int, *, at_least: int | None = None) 
     if at_least is not None:
         image.draft("RGB", (at_least, at_least))
     image.load()
-    image = to_rgb(image)
+    return _turned(to_rgb(image), orientation)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """RGB as it is displayed: its own EXIF orientation is applied.
+
+    Raises:
+        ValueError: pixels without a fixed range (32-bit integers, floats), or a mode that has no RGB.
+        OSError: the file behind it is torn; a broken file may make Pillow raise other things as well.
+    """
+    image.load()
+    orientation = orientation_of(image)
+    return _turned(to_rgb(image), orientation)
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

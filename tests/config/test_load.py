@@ -108,6 +108,22 @@ def test_relative_paths_mean_the_current_folder(tmp_path: Path, monkeypatch: pyt
 # --- Overrides
 
 
+@pytest.mark.parametrize("address", ["https://example.org/w.pth?token=secret", "HTTP://example.org/w.pth"])
+def test_weights_of_the_web_are_brought_into_the_store_first(address: str) -> None:
+    message = refused(TEXT, {"model": {"pretrain_weights": address}})
+    assert "model.pretrain_weights: " in message
+    assert "is not reached from a pipeline (bring it into the store once, with rfdetr-pipeline weights put" in message
+    assert "secret" not in message
+    stored = parse_run_config(TEXT, {"model": {"pretrain_weights": "s3://b/weights/w.pth"}})
+    assert stored.model.pretrain_weights == "s3://b/weights/w.pth"
+
+
+def test_a_pipeline_reads_images_of_three_channels() -> None:
+    assert refused(TEXT, {"model": {"num_channels": 4}}).startswith(
+        "model.num_channels: 4 does not go with a pipeline: image files are read as RGB (use 3;"
+    )
+
+
 def test_overrides_are_laid_over_the_file() -> None:
     config = parse_run_config(TEXT, {"train": {"epochs": 9}, "export": {"opset": 18.0}, "dataset": {"uri": "s3://b/x"}})
     assert (config.train.epochs, config.train.lr, config.export.opset) == (9, 1e-4, 18)

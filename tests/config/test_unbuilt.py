@@ -23,7 +23,6 @@ ASKS: dict[str, Any] = {
     "model.lite_refpoint_refine": False,
     "model.layer_norm": False,
     "model.ia_bce_loss": False,
-    "model.num_channels": 4,
     "model.segmentation_head": True,
     "model.mask_downsample_ratio": 2,
     "model.backbone_lora": True,
@@ -32,7 +31,6 @@ ASKS: dict[str, Any] = {
     "model.cuda_graphs": True,
     "model.fused_optimizer": False,
     "model.device": "cpu",
-    "model.pretrain_weights": "s3://b/w.pth",
     "train.max_hours": 2.0,
     "train.resume": "s3://b/c.pth",
     "train.notes": "n",
@@ -138,6 +136,12 @@ def test_several_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_not_built_lists_the_table() -> None:
     listed = run_config().not_built()
     assert [line.partition(": ")[0] for line in listed] == list(NOT_BUILT)
+
+
+def test_other_channels_go_with_prediction_alone() -> None:
+    table.refuse_other_channels(ModelConfig(), "training")
+    with pytest.raises(ConfigError, match=r"^model.num_channels: 4 does not go with training: .*read as RGB \(use 3;"):
+        table.refuse_other_channels(ModelConfig(num_channels=4), "training")
 
 
 def test_sections_that_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
