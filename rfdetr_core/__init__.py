@@ -10,7 +10,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_API = ("RFDETRBase", "RFDETRLarge", "RFDETRMedium", "RFDETRNano", "RFDETRPico", "RFDETRSmall")
+_API = (
+    "RFDETR",
+    "RFDETRBase",
+    "RFDETRLarge",
+    "RFDETRLargeDeprecated",
+    "RFDETRMedium",
+    "RFDETRNano",
+    "RFDETRPico",
+    "RFDETRSmall",
+)
 __all__ = [*_API, "__version__"]
 
 

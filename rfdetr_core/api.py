@@ -1,10 +1,11 @@
 """RF-DETR from Python, without any pipeline.
 
-    from rfdetr_core import RFDETRPico
+    from rfdetr_core import RFDETRNano
 
-    model = RFDETRPico()
+    model = RFDETRNano(pretrain_weights="rf-detr-nano.pth")
     model.train(dataset_dir="data", output_dir="output", epochs=20)
     model.predict("photo.jpg", threshold=0.5)
+    model.evaluate(dataset_dir="data", split="test")
     model.export()
 
 The classes are imported from `rfdetr_core`; their parameters are those of the configuration (ModelConfig for the
@@ -13,112 +14,181 @@ constructor, TrainConfig for `train`, ExportConfig for `export`), with the same 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from rfdetr_core.config import ExportConfig, ModelConfig, ModelSection, TrainConfig, refuse_unbuilt
+from rfdetr_core.config import EvaluateConfig, ExportConfig, ModelConfig, ModelSection, TrainConfig, refuse_unbuilt
 from rfdetr_core.config.train import MOVED_TO_MODEL
+from rfdetr_core.config.unbuilt import refuse_other_channels
+from rfdetr_core.data.loading import LoaderSettings
 from rfdetr_core.data.sample import draw_image
+from rfdetr_core.detector_files import as_weight_file, begin_from, read_detector, write_detector
 from rfdetr_core.errors import CheckpointError, ConfigError
+from rfdetr_core.evaluation.evaluate import evaluate_model
+from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.export.onnx import export_onnx
 from rfdetr_core.export.parity import check_parity
+from rfdetr_core.models.weight_file import read_weight_file
 from rfdetr_core.models.weights import TrainedModel
 from rfdetr_core.prediction import Picture, Prediction, predict_pictures
+from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.engine import fabric_accelerator
-from rfdetr_core.training.folder import job_in_folder
+from rfdetr_core.training.folder import Start, dataset_in_folder, job_in_folder
 from rfdetr_core.training.loop import TrainingResult
 from rfdetr_core.training.loop import train as train_detector
 
+log = logging.getLogger(__name__)
 
-class Detector:
-    """A detector of one variant: train it, or load it with `from_checkpoint`; then predict and export."""
 
-    variant: ClassVar[str]
+class RFDETR:
+    """A detector of one variant: train it, or begin with weights; then predict, evaluate, export and save."""
 
-    def __init__(self, **architecture: Any) -> None:
+    variant: ClassVar[str] = ""
+
+    def __init__(self, *, pretrain_weights: str | os.PathLike[str] | None = None, **architecture: Any) -> None:
         """Choose the architecture: keyword arguments are the fields of ModelConfig.
 
-        `num_classes` is the dataset's unless given. Weights are drawn when training begins.
+        `pretrain_weights` is a path, the name of a published file such as "rf-detr-nano.pth", an s3:// or an https://
+        URI. With it the model predicts at once, and training begins from it; without it, from random weights.
+        `num_classes` is the file's, and in training the dataset's, unless given; then the head is cut, or grown by
+        repeating its rows (model spec 7.3).
 
         Raises:
             ConfigError: an unknown field, a value that is not legal, or what is not built yet.
+            CheckpointError: the weights cannot be read, or do not fit.
+            StorageAccessError, StorageUnavailableError: they cannot be fetched.
         """
+        if not self.variant:
+            raise ConfigError("RFDETR itself is no variant", hint=f"use {', '.join(k.__name__ for k in VARIANTS)}")
         if "variant" in architecture:
             raise ConfigError(f"{type(self).__name__} is the variant {self.variant}", hint="choose another class")
-        self._given = architecture
-        self.config = self._architecture(architecture)
+        self._given = architecture  # by the user
+        self._known: dict[str, Any] = {}  # from a file
         self._trained: TrainedModel | None = None
+        section = self._architecture(architecture)
+        self.config = section
+        if pretrain_weights is not None:
+            self._use(begin_from(read_weight_file(fetch_weights(pretrain_weights)), section))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str]) -> Self:
-        """The detector of a checkpoint_best_*.pth file.
+        """The detector of a checkpoint_best_*.pth file of ours, or of a file of the published package.
+
+        Architecture and class names are the file's. `RFDETR.from_checkpoint` chooses the class by itself.
 
         Raises:
             CheckpointError: the file cannot be read, is a checkpoint for resuming, or of another variant.
         """
-        trained = checkpoint.load_trained(Path(path))
-        if trained.config.variant != cls.variant:
-            names = [kind.__name__ for kind in VARIANTS if kind.variant == trained.config.variant]
-            raise CheckpointError(
-                f"{path}: is of the variant {trained.config.variant}",
-                hint=f"use {names[0]}" if names else "no class stands for it",
-            )
-        model = cls()
+        trained = read_detector(Path(path).expanduser())
+        kind = next(kind for kind in VARIANTS if kind.variant == trained.config.variant)
+        if not issubclass(kind, cls):
+            raise CheckpointError(f"{path}: is of the variant {kind.variant}", hint=f"use {kind.__name__}")
+        model = kind()
+        fields = trained.config.model_dump(exclude={"variant", "num_classes", "pretrain_weights"})
+        if trained.config.num_select == ModelSection.parse({"variant": kind.variant}).num_select:
+            del fields["num_select"]  # the variant's own follows the classes
+        model._known = fields
         model._use(trained)
         return model
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names by label; empty before training."""
+        """Names by class id; empty without weights. Of weights trained on COCO, "" is an id that COCO does not use."""
         return self._trained.class_names if self._trained is not None else ()
 
     def train(
         self, *, dataset_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str] = "output", **settings: Any
     ) -> TrainingResult:
-        """Train from random weights; afterwards the model holds the best ones. Keyword arguments: TrainConfig's.
+        """Train from the weights at hand, or from random ones; afterwards the model holds the best ones.
 
-        The same call continues an interrupted training, and returns at once when it is finished. A COCO folder is
-        validated (report.html) and prepared below `output_dir`, once; a prepared dataset is used as it is.
+        Keyword arguments are TrainConfig's. The same call continues an interrupted training, and returns at once when
+        it is finished. A COCO folder is validated (report.html) and prepared below `output_dir`, once; a prepared
+        dataset is used as it is.
 
         Raises:
-            ConfigError: an unknown field or illegal value; weights are loaded already; or `output_dir` holds
-                another training.
+            ConfigError: an unknown field or illegal value; or `output_dir` holds another training.
             DatasetError: the dataset cannot be trained on.
             TrainingError: a loss that is not finite, or out of memory.
             CheckpointError, StorageAccessError: a checkpoint cannot be read, or written.
         """
-        if self._trained is not None:
-            raise ConfigError(
-                f"this {type(self).__name__} holds trained weights, and training from them is not built yet",
-                hint=f"train a new {type(self).__name__}()",
-            )
         train = self._training({"dataset_dir": dataset_dir, "output_dir": output_dir, **settings})
         moved = {name: getattr(train, name) for name in (*MOVED_TO_MODEL, "resolution")}
         architecture = self._merged({name: value for name, value in moved.items() if value is not None})
-        job = job_in_folder(self._architecture(architecture), train)
+        section = self._architecture(architecture)
+        refuse_other_channels(section, "training")
+        job = job_in_folder(section, train, self._start())
         result = train_detector(job)
-        self._given = architecture
+        self._given, self._known = architecture, {}
         self._use(checkpoint.load_trained(job.checkpoints / checkpoint.BEST_TOTAL), accelerator=train.accelerator)
         return result
 
-    def predict(self, images: Picture | Sequence[Picture], threshold: float = 0.5) -> list[Prediction]:
-        """Detections with a score above `threshold`, one Prediction per image.
+    @overload
+    def predict(self, images: Picture, threshold: float = ...) -> Prediction: ...  # type: ignore[overload-overlap]
 
-        An image is a Pillow image or a path; its EXIF orientation is applied.
+    @overload
+    def predict(self, images: Iterable[Picture], threshold: float = ...) -> list[Prediction]: ...
+
+    def predict(self, images: Any, threshold: float = 0.5) -> Prediction | list[Prediction]:
+        """Detections with a score above `threshold`: one Prediction of one image, a list of those of several.
+
+        An image is a path, a Pillow image, an array (H, W, C) of uint8, RGB, or a tensor (C, H, W) in [0, 1]. The EXIF
+        orientation of the first two is applied. All are resampled as in training's evaluation.
 
         Raises:
-            ConfigError: no weights yet, or a threshold outside 0 to 1.
-            DatasetError: an image cannot be read.
+            ConfigError: no weights yet, a threshold outside 0 to 1, or something that is no image.
+            DatasetError: an image cannot be read, has no pixels, or values outside [0, 1].
         """
-        several = [images] if isinstance(images, (Image.Image, str, os.PathLike)) else images
-        return predict_pictures(self._weights(), several, threshold)
+        trained = self._weights()
+        if isinstance(images, (Image.Image, str, os.PathLike, np.ndarray, Tensor)):
+            return predict_pictures(trained, [images], threshold)[0]
+        if not isinstance(images, Iterable):
+            raise ConfigError(f"images: {type(images).__name__} is no picture", hint="give one, or a list of them")
+        return predict_pictures(trained, list(images), threshold)
+
+    def evaluate(
+        self,
+        *,
+        dataset_dir: str | os.PathLike[str],
+        split: str = "test",
+        batch_size: int = 8,
+        eval_max_dets: int = 500,
+        num_workers: int = 2,
+    ) -> CocoMetrics:
+        """COCO metrics on a split, "valid" or "test", of a COCO folder or a prepared dataset: those of the pipeline.
+
+        Classes are matched by name; those that only the model or only the dataset has are told in a warning.
+
+        Raises:
+            ConfigError: no weights yet, or a value that is not legal.
+            DatasetError: the dataset cannot be used, or has no such split.
+        """
+        trained = self._weights()
+        options = EvaluateConfig.parse({"split": split, "batch_size": batch_size}, source="evaluate()")
+        loader = TrainConfig.parse({"eval_max_dets": eval_max_dets, "num_workers": num_workers}, source="evaluate()")
+        refuse_other_channels(trained.config, "evaluation")
+        with tempfile.TemporaryDirectory(prefix="rfdetr-evaluate-") as scratch:
+            dataset = dataset_in_folder(Path(dataset_dir).expanduser(), Path(scratch), options.split)
+            _tell_unmatched(trained.class_names, dataset.class_map.names)
+            metrics, _ = evaluate_model(
+                trained,
+                dataset.split(options.split),
+                dataset.class_map,
+                batch_size=options.batch_size or batch_size,
+                max_dets=loader.eval_max_dets,
+                device=next(trained.module.parameters()).device,
+                loading=LoaderSettings(loader.num_workers, None, None, None),
+            )
+        return metrics
 
     def export(self, output_dir: str | os.PathLike[str] = "output", **settings: Any) -> Path:
         """Write rfdetr-<variant>.onnx, proven to compute what this model computes. Keyword arguments: ExportConfig's.
@@ -128,6 +198,7 @@ class Detector:
             ExportError: it cannot be written, or computes something else; then there is no file.
         """
         trained, config = self._weights(), ExportConfig.parse(settings, source="export()")
+        refuse_other_channels(trained.config, "export")
         output = Path(output_dir).expanduser()
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"rfdetr-{self.variant}.onnx"
@@ -139,6 +210,17 @@ class Detector:
             check_parity(trained, draft, images, dynamic_batch=config.dynamic_batch, tolerance=config.tolerance)
             draft.replace(path)
         return path
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the weights into a file that `from_checkpoint` and the published package load; returns its path.
+
+        Raises:
+            ConfigError: no weights yet.
+            StorageAccessError: the file cannot be written.
+        """
+        target = Path(path).expanduser()
+        write_detector(self._weights(), target)
+        return target
 
     def _architecture(self, values: dict[str, Any]) -> ModelSection:
         section = ModelSection.parse({**values, "variant": self.variant}, source=f"{type(self).__name__}()")
@@ -156,14 +238,30 @@ class Detector:
         return train
 
     def _merged(self, moved: dict[str, Any]) -> dict[str, Any]:
-        """The architecture as given, and what the train call says of it (the seed's deprecated fields, resolution)."""
+        """The architecture as known and given, and what the train call says of it (deprecated fields, resolution)."""
         for name, value in moved.items():
             if self._given.get(name, value) != value:
                 raise ConfigError(
                     f"train(): {name}: {value} contradicts {type(self).__name__}({name}={self._given[name]})",
                     hint="give one of them",
                 )
-        return {**self._given, **moved}
+        known = dict(self._known)
+        if "resolution" in moved and known.get("resolution") != moved["resolution"]:
+            known.pop("requested_resolution", None)
+            if known.get("positional_encoding_size") == known.get("resolution", 0) // known.get("patch_size", 1):
+                known.pop("positional_encoding_size", None)  # it follows the resolution
+        return {**known, **self._given, **moved}
+
+    def _start(self) -> Start | None:
+        """What training begins with."""
+        if self._trained is None:
+            log.warning(
+                "training starts from random weights, which takes many epochs; "
+                '%s(pretrain_weights="rf-detr-….pth") starts from pretrained ones',
+                type(self).__name__,
+            )
+            return None
+        return Start(partial(as_weight_file, self._trained), self._trained.sha256)
 
     def _weights(self) -> TrainedModel:
         if self._trained is None:
@@ -176,40 +274,64 @@ class Detector:
         self._trained, self.config = trained, trained.config
 
 
-class RFDETRPico(Detector):
+def _tell_unmatched(model: tuple[str, ...], dataset: tuple[str, ...]) -> None:
+    for whose, names in (
+        ("the dataset lacks, dropping their detections", set(model) - set(dataset) - {""}),
+        ("the model lacks, so that it cannot find them", set(dataset) - set(model)),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+            log.warning("%d classes that %s: %s", len(names), whose, listed)
+
+
+class RFDETRPico(RFDETR):
     """128 px, ours: demos and tests on a CPU."""
 
     variant = "pico"
 
 
-class RFDETRNano(Detector):
+class RFDETRNano(RFDETR):
     """384 px, two decoder layers."""
 
     variant = "nano"
 
 
-class RFDETRSmall(Detector):
+class RFDETRSmall(RFDETR):
     """512 px, three decoder layers."""
 
     variant = "small"
 
 
-class RFDETRMedium(Detector):
+class RFDETRMedium(RFDETR):
     """576 px, four decoder layers."""
 
     variant = "medium"
 
 
-class RFDETRBase(Detector):
+class RFDETRBase(RFDETR):
     """560 px, three decoder layers: the first release's."""
 
     variant = "base"
 
 
-class RFDETRLarge(Detector):
+class RFDETRLarge(RFDETR):
     """704 px, four decoder layers."""
 
     variant = "large"
 
 
-VARIANTS: tuple[type[Detector], ...] = (RFDETRPico, RFDETRNano, RFDETRSmall, RFDETRMedium, RFDETRBase, RFDETRLarge)
+class RFDETRLargeDeprecated(RFDETR):
+    """560 px, three decoder layers, a wider encoder: the first release's large one."""
+
+    variant = "large-deprecated"
+
+
+VARIANTS: tuple[type[RFDETR], ...] = (
+    RFDETRPico,
+    RFDETRNano,
+    RFDETRSmall,
+    RFDETRMedium,
+    RFDETRBase,
+    RFDETRLarge,
+    RFDETRLargeDeprecated,
+)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from components.runtime import Stage, StageContext, run_stage
+from components.validate_dataset.weights import check_weights
 from rfdetr_core.config import RunConfig
 from rfdetr_core.data.formats.coco import read_coco_folder
 from rfdetr_core.data.prepared import PrepareOptions, dataset_digest, write_prepared
@@ -34,6 +35,10 @@ STAGE = Stage(
         "model.resolution",
         "model.patch_size",
         "model.num_windows",
+        "model.pretrain_weights",
+        "model.encoder",
+        "model.hidden_dim",
+        "model.dec_layers",
         "train.multi_scale",
         "train.expanded_scales",
     ),
@@ -44,8 +49,9 @@ log = logging.getLogger("stage.validate_dataset")
 
 
 def body(context: StageContext) -> None:
-    """Write dataset.json, report.json and report.html; publish the prepared dataset if it is new."""
+    """Write dataset.json, report.json and report.html, and weights.json; publish the prepared dataset if it is new."""
     config, report = context.config, Report()
+    check_weights(context)
     source = _source_folder(context)
     try:
         class_map, splits = validate(read_coco_folder(source), report)

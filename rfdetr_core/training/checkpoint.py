@@ -6,6 +6,9 @@
     checkpoint_best_ema.pth      weights only: best validation score of the EMA
     checkpoint_best_total.pth    the better of the two; the one that later stages use
 
+The best files are in the published form too (model spec 7.2), so that rfdetr 1.11 loads them: it reads `model`,
+`args`, `model_name` and `model_config`, and leaves our own sections alone.
+
 All are read with `weights_only=True`: no pickle is ever executed.
 """
 
@@ -15,19 +18,49 @@ import hashlib
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from rfdetr_core import __version__
+from rfdetr_core.coco_names import names_by_slot
+from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, StorageAccessError
 from rfdetr_core.models.weights import TrainedModel, build_trained
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATEST = "checkpoint.pth"
 BEST_TOTAL = "checkpoint_best_total.pth"
 Source = Literal["regular", "ema"]
+
+PUBLISHED_FIELDS = (
+    "encoder",
+    "hidden_dim",
+    "patch_size",
+    "num_windows",
+    "out_feature_indexes",
+    "projector_scale",
+    "dec_layers",
+    "sa_nheads",
+    "ca_nheads",
+    "dec_n_points",
+    "resolution",
+    "positional_encoding_size",
+    "num_queries",
+    "num_select",
+    "group_detr",
+    "num_classes",
+    "num_channels",
+    "two_stage",
+    "bbox_reparam",
+    "lite_refpoint_refine",
+    "layer_norm",
+    "ia_bce_loss",
+    "segmentation_head",
+)
+"""Architecture fields that the published package has under the same name."""
 
 
 def best_name(source: Source) -> str:
@@ -52,6 +85,20 @@ def own_files(folder: Path) -> list[Path]:
 def versions() -> dict[str, str]:
     """What wrote a file."""
     return {"rfdetr_core": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def published_sections(config: ModelConfig, class_names: Sequence[str]) -> dict[str, Any]:
+    """What rfdetr 1.11 wants to know of `model`: the class, its architecture, the class names (model spec 7.2)."""
+    fields = config.model_dump(mode="json")
+    args = {name: fields[name] for name in ("num_classes", "num_queries", "group_detr", "patch_size", "resolution")}
+    args["segmentation_head"] = config.segmentation_head
+    if tuple(class_names) != names_by_slot():  # without names, 91 slots are COCO's ids there as here
+        args["class_names"] = list(class_names)
+    return {
+        "model_name": "RFDETR" + "".join(part.capitalize() for part in config.variant.split("-")),
+        "model_config": {name: fields[name] for name in PUBLISHED_FIELDS},
+        "args": args,
+    }
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -94,25 +141,42 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: not a readable checkpoint: {reason}", hint="remove it, and train again"
         ) from error
     found = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or found != FORMAT_VERSION:
+    if found == 1 and "model_config" in content:  # it has no published sections; our own lies under their name
+        content["config"] = content.pop("model_config")
+    elif found != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {found}, this program reads {FORMAT_VERSION}",
             hint="use the program that wrote it, or train again",
         )
-    return content
+    return dict(content)
 
 
 def load_trained(path: Path) -> TrainedModel:
-    """The detector of one of the best files, in eval mode on the CPU.
+    """The detector of one of our best files, in eval mode on the CPU.
 
     Raises:
-        CheckpointError: see `load`; or the weights do not fit the architecture that the file names.
+        CheckpointError: see `load` and `trained_from`.
     """
-    content = load(path)
+    return trained_from(load(path), path)
+
+
+def trained_from(content: dict[str, Any], path: Path) -> TrainedModel:
+    """The same, from what `load` gave.
+
+    Raises:
+        CheckpointError: it is a checkpoint for resuming, or its weights do not fit the architecture it names.
+    """
     if "source" not in content:
         raise CheckpointError(
             f"{path}: a checkpoint for resuming, which holds more than one set of weights", hint=f"give {BEST_TOTAL}"
         )
+    ours = {name: part for name, part in content.items() if name != "model_config"}
+    if "config" in content:
+        ours["model_config"] = content["config"]
+    return build_trained(ours, path, sha256=sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    """Lower-case hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return build_trained(content, path, sha256=sha256)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ dataset/<digest>/          the prepared dataset
 probe.json                 the batch size, where it was searched
 checkpoint*.pth            see `checkpoint`
 metrics.jsonl, .csv        one row per epoch
+weights.json               what was loaded before the first step, if anything
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
+from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.formats.coco import read_coco_folder
 from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
 from rfdetr_core.data.splitting import fill_missing_splits
-from rfdetr_core.data.validation import Report, validate
+from rfdetr_core.data.validation import Report, ValidSplit, validate
 from rfdetr_core.errors import ConfigError
+from rfdetr_core.models.weight_file import WeightFile
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.batch_size import probe
 from rfdetr_core.training.loop import TrainingJob
@@ -39,10 +44,19 @@ NO_INFLUENCE = {
 """Fields of TrainConfig that may change between an interrupted training and its continuation."""
 
 
-def job_in_folder(section: ModelSection, train: TrainConfig) -> TrainingJob:
+@dataclass(frozen=True)
+class Start:
+    """Weights that a training begins with, and the digest that tells them from others."""
+
+    weights: Callable[[], WeightFile]
+    digest: str
+
+
+def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None = None) -> TrainingJob:
     """Validate and prepare `train.dataset_dir`, find the batch size if it is "auto"; results go to `train.output_dir`.
 
     A dataset that is prepared already is used as it is; what was prepared or searched before is taken over.
+    Without `start` the weights are drawn.
 
     Raises:
         ConfigError: too few classes for the dataset, or the folder holds another training.
@@ -54,10 +68,29 @@ def job_in_folder(section: ModelSection, train: TrainConfig) -> TrainingJob:
     options = PrepareOptions(train_short_side=largest_useful_short_side(section, train))
     dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options)
     model = section.for_dataset(len(dataset.class_map))
-    inputs = _inputs(model, train, dataset)
+    inputs = _inputs(model, train, dataset, start)
     _refuse_another_training(output, inputs)
     batch_size, grad_accum_steps = _batch(model, train, dataset, inputs, output / "probe.json")
-    return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs)
+    weights = None if start is None else start.weights
+    return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs, weights)
+
+
+def dataset_in_folder(source: Path, folder: Path, split: str) -> PreparedDataset:
+    """A dataset of which one split is wanted: as it is if it is prepared, else that split prepared below `folder`.
+
+    Raises:
+        DatasetError: it cannot be used.
+    """
+    if (source / "dataset.json").is_file():
+        return PreparedDataset(source)
+    class_map, splits = _validated(source, Report())
+    write_prepared(folder, class_map, {split: splits[split]}, PrepareOptions(train_short_side=None), source=str(source))
+    return PreparedDataset(folder)
+
+
+def _validated(source: Path, report: Report) -> tuple[ClassMap, dict[str, ValidSplit]]:
+    class_map, splits = validate(read_coco_folder(source), report)
+    return class_map, fill_missing_splits(splits, report)
 
 
 def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> PreparedDataset:
@@ -66,8 +99,7 @@ def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> Pr
     output.mkdir(parents=True, exist_ok=True)
     report, document = Report(), None
     try:
-        class_map, splits = validate(read_coco_folder(source), report)
-        splits = fill_missing_splits(splits, report)
+        class_map, splits = _validated(source, report)
         folder = output / "dataset" / dataset_digest(class_map, splits, options)
         folder.parent.mkdir(exist_ok=True)
         if not folder.exists():
@@ -82,10 +114,11 @@ def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> Pr
     return dataset
 
 
-def _inputs(model: ModelConfig, train: TrainConfig, dataset: PreparedDataset) -> str:
+def _inputs(model: ModelConfig, train: TrainConfig, dataset: PreparedDataset, start: Start | None) -> str:
     """sha256 of all that decides what training computes."""
     settings = train.model_dump(mode="json", exclude=NO_INFLUENCE)
     content = {"model": model.model_dump(mode="json"), "train": settings, "dataset": dataset.digest}
+    content |= {} if start is None else {"start": start.digest}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,7 +127,8 @@ def _refuse_another_training(output: Path, inputs: str) -> None:
         path = output / name
         if path.exists() and checkpoint.load(path).get("inputs") != inputs:
             raise ConfigError(
-                f"{path}: is of another training (other settings, or other data)", hint="give another output_dir"
+                f"{path}: is of another training (other settings, data or start weights)",
+                hint="give another output_dir",
             )
 
 

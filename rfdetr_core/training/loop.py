@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from rfdetr_core.training.state import (
     TrainingJob,
     best_source,
     keep_best,
+    load_start_weights,
     mend_best_files,
     monitored,
     restore,
@@ -40,6 +42,9 @@ from rfdetr_core.training.state import (
 )
 
 __all__ = ["TrainingJob", "TrainingResult", "train"]
+
+WEIGHTS_REPORT = "weights.json"
+"""What of the start weights was loaded, cut or left out; only where a training starts from some."""
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +79,7 @@ def train(
 
     Raises:
         TrainingError: a loss that is not finite, or out of memory.
-        CheckpointError: `checkpoint.pth` is unreadable, or does not fit.
+        CheckpointError: `checkpoint.pth` or the start weights are unreadable, or do not fit.
         StorageAccessError: a checkpoint cannot be written.
         Terminated: the stop was asked for; everything is resumable.
     """
@@ -89,9 +94,13 @@ def train(
     torch.manual_seed(position.seed)
     engine = build_engine(job.model, config)
     stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
-    if content is not None:
+    if content is None:
+        load_start_weights(job, engine, position)
+    else:
         restore(content, engine, stopping, position)
         mend_best_files(job, position.best, publish)
+    if position.start is not None:
+        (job.output / WEIGHTS_REPORT).write_text(json.dumps(position.start, indent=2) + "\n")
     del content  # weights, moments and average once more, in host memory
     metrics_log.begin(job.output, position.history)
 

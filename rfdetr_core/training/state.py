@@ -16,6 +16,8 @@ from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.evaluation.metrics import CocoMetrics
+from rfdetr_core.models.weight_file import WeightFile
+from rfdetr_core.models.weights import load_pretrained
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source
 from rfdetr_core.training.early_stopping import EarlyStopping
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 class TrainingJob:
     """What to train, on what, and where to leave it.
 
-    `inputs` identifies configuration and data: a checkpoint of other inputs is not continued.
+    `inputs` identifies configuration, data and start weights: a checkpoint of other inputs is not continued.
+    `start_weights` is asked when a new training begins, and not when one is continued; None starts from random ones.
     """
 
     model: ModelConfig
@@ -41,6 +44,7 @@ class TrainingJob:
     batch_size: int
     grad_accum_steps: int
     inputs: str
+    start_weights: Callable[[], WeightFile] | None = None
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Position:
     stopped_early: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms of this epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    start: dict[str, Any] | None = None  # what was loaded before the first step, if anything
 
 
 def resumable(job: TrainingJob) -> dict[str, Any] | None:
@@ -88,6 +93,22 @@ def start_position(content: Mapping[str, Any] | None, seed: int | None) -> Posit
         return Position(**content["position"])
     except (KeyError, TypeError) as error:
         raise _misfit(error) from error
+
+
+def load_start_weights(job: TrainingJob, engine: Engine, position: Position) -> None:
+    """Begin a new training from `job.start_weights`: the model, and the average from the same.
+
+    Raises:
+        CheckpointError: they cannot be read, or do not fit.
+    """
+    if job.start_weights is None:
+        return
+    report = load_pretrained(engine.raw_model, job.start_weights())
+    if engine.ema is not None:
+        engine.ema.module.load_state_dict(engine.raw_model.state_dict())
+    for line in report.lines():
+        log.info("%s", line)
+    position.start = report.to_json()
 
 
 def restore(content: Mapping[str, Any], engine: Engine, stopping: EarlyStopping, position: Position) -> None:
@@ -174,6 +195,7 @@ def keep_best(
             "source": source,
             "epoch": epoch,
             "metrics": scores[source].to_json(),
+            **checkpoint.published_sections(job.model, job.dataset.class_map.names),
             **_provenance(job),
         }
         total = [BEST_TOTAL] if source == best_source(best) else []
@@ -214,7 +236,7 @@ def save(
 def _provenance(job: TrainingJob) -> dict[str, Any]:
     return {
         "inputs": job.inputs,
-        "model_config": job.model.model_dump(mode="json"),
+        "config": job.model.model_dump(mode="json"),
         "train_config": job.train.model_dump(mode="json"),
         "classes": job.dataset.class_map.to_json(),
         "dataset_digest": job.dataset.digest,

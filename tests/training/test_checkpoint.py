@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rfdetr_core.coco_names import names_by_slot
+from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, StorageAccessError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.training import checkpoint
@@ -117,7 +119,7 @@ class TestLoad:
     @pytest.mark.parametrize("content", [{"format_version": 99}, {}, [1, 2], "text"])
     def test_another_format_version(self, tmp_path: Path, content: Any) -> None:
         torch.save(content, tmp_path / "checkpoint.pth")
-        with pytest.raises(CheckpointError, match=r"format version (99|None), this program reads 1") as caught:
+        with pytest.raises(CheckpointError, match=r"format version (99|None), this program reads 2") as caught:
             checkpoint.load(tmp_path / "checkpoint.pth")
         one_line(caught)
 
@@ -130,7 +132,7 @@ class TestLoad:
                 return (Path.touch, (victim,))
 
         path = tmp_path / "checkpoint.pth"
-        content = {"format_version": 1, "model": Malice()}
+        content = {"format_version": 2, "model": Malice()}
         if form == "torch":
             torch.save(content, path)
         else:
@@ -147,7 +149,7 @@ def weights(**changes: Any) -> dict[str, Any]:
     model = RFDETR(tiny.model_config())
     return {
         "model": model.state_dict(),
-        "model_config": model.config.model_dump(mode="json"),
+        "config": model.config.model_dump(mode="json"),
         "classes": [{"name": name} for name in ("a", "b", "c")],
         "source": "ema",
         "epoch": 4,
@@ -171,16 +173,16 @@ class TestLoadTrained:
         with pytest.warns(UserWarning, match="42 is not a multiple"):
             config = tiny.model_config(resolution=42)
         assert config.resolution == 48
-        content = weights(model=RFDETR(config).state_dict(), model_config=config.model_dump(mode="json"))
+        content = weights(model=RFDETR(config).state_dict(), config=config.model_dump(mode="json"))
         checkpoint.save(content, tmp_path / "best.pth")
         assert checkpoint.load_trained(tmp_path / "best.pth").config == config
 
-    @pytest.mark.parametrize("lost", ["model", "model_config", "classes", "epoch"])
+    @pytest.mark.parametrize("lost", ["model", "config", "classes", "epoch"])
     def test_what_is_lacking_is_named(self, tmp_path: Path, lost: str) -> None:
         content = weights()
         del content[lost]
         checkpoint.save(content, tmp_path / "best.pth")
-        with pytest.raises(CheckpointError, match=f"not the weights of a detector: no '{lost}'") as caught:
+        with pytest.raises(CheckpointError, match=f"not the weights of a detector: no '(model_)?{lost}'") as caught:
             checkpoint.load_trained(tmp_path / "best.pth")
         one_line(caught)
 
@@ -190,7 +192,7 @@ class TestLoadTrained:
             {"model": {}},
             {"model": [1]},
             {"model": {"class_embed.weight": torch.zeros(1)}},
-            {"model_config": {"variant": "enormous"}},
+            {"config": {"variant": "enormous"}},
             {"classes": 3},
             {"epoch": "last"},
         ],
@@ -202,7 +204,38 @@ class TestLoadTrained:
             checkpoint.load_trained(tmp_path / "best.pth")
         assert len(one_line(caught)) < 500
 
+    def test_a_file_of_the_first_format_is_read(self, tmp_path: Path) -> None:
+        """It has our own architecture under the name that the published form now needs."""
+        content = weights(format_version=1)
+        content["model_config"] = content.pop("config")
+        torch.save(content, tmp_path / "best.pth")
+        trained = checkpoint.load_trained(tmp_path / "best.pth")
+        assert (trained.config, trained.class_names) == (tiny.model_config(), ("a", "b", "c"))
+
     def test_a_checkpoint_for_resuming_is_pointed_out(self, tmp_path: Path) -> None:
         checkpoint.save({"model": {}, "ema_model": {}, "optimizer": {}}, tmp_path / "checkpoint.pth")
         with pytest.raises(CheckpointError, match=r"for resuming.*give checkpoint_best_total\.pth"):
             checkpoint.load_trained(tmp_path / "checkpoint.pth")
+
+
+class TestPublishedSections:
+    """What rfdetr 1.11 reads (model spec 7.2); tests/peer shows that it does."""
+
+    def test_of_a_variant(self) -> None:
+        config = ModelConfig(variant="nano", num_classes=2)
+        sections = checkpoint.published_sections(config, ["cat", "dog"])
+        assert sections["model_name"] == "RFDETRNano"
+        assert sections["args"]["class_names"] == ["cat", "dog"]
+        assert (sections["args"]["num_queries"], sections["args"]["group_detr"]) == (300, 13)
+        fields = sections["model_config"]
+        assert (fields["hidden_dim"], fields["dec_layers"], fields["out_feature_indexes"]) == (256, 2, [3, 6, 9, 12])
+        assert not {"variant", "requested_resolution", "dim_feedforward", "pretrain_weights"} & set(fields)
+
+    def test_the_class_of_a_longer_name(self) -> None:
+        config = ModelConfig(variant="large-deprecated")
+        assert checkpoint.published_sections(config, ["a"])["model_name"] == "RFDETRLargeDeprecated"
+
+    def test_the_slots_of_coco_are_left_without_names(self) -> None:
+        """The reader of 91 slots without names takes them for COCO's ids."""
+        sections = checkpoint.published_sections(ModelConfig(variant="nano"), names_by_slot())
+        assert "class_names" not in sections["args"]

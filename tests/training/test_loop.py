@@ -330,7 +330,7 @@ class TestFiles:
 
         content = latest(tmp_path)
         assert content["train_config"] == job.train.model_dump(mode="json")
-        assert content["model_config"] == job.model.model_dump(mode="json")
+        assert content["config"] == job.model.model_dump(mode="json")
         assert [row["name"] for row in content["classes"]] == ["rectangle", "ellipse", "triangle"]
         assert content["dataset_digest"] == dataset.digest
         assert content["ema_updates"] == content["position"]["global_step"] == 25

@@ -1,0 +1,99 @@
+"""What can be said of pretrained weights without torch, before a GPU is asked for; the train stage loads them.
+
+A whole file of PyTorch is a zip archive, whose table of contents stands at the end: a cut-off one has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from components.runtime import StageContext
+from rfdetr_core.config import VARIANTS, ModelSection
+from rfdetr_core.errors import CheckpointError, MissingObjectError
+from rfdetr_core.models.published import PUBLISHED
+from rfdetr_core.pretrained import fetch_weights
+
+PUT = "rfdetr-pipeline weights put brings published weights into the store and prints their URI"
+
+_PUBLISHED_VARIANTS = {
+    "rf-detr-nano.pth": "nano",
+    "rf-detr-small.pth": "small",
+    "rf-detr-medium.pth": "medium",
+    "rf-detr-base.pth": "base",
+    "rf-detr-base-2.pth": "base",
+    "rf-detr-base-o365.pth": "base",
+    "rf-detr-large-2026.pth": "large",
+    "rf-detr-large.pth": "large-deprecated",
+}
+_DECISIVE = ("encoder", "hidden_dim", "patch_size", "dec_layers")
+"""Fields in which weights and model must agree."""
+
+log = logging.getLogger("stage.validate_dataset")
+
+
+def check_weights(context: StageContext) -> None:
+    """Look at `model.pretrain_weights`, if there are any, and write weights.json: URI, size, MD5, published name.
+
+    Raises:
+        StorageAccessError: there is no such file, or it may not be read.
+        CheckpointError: it is no weight file, cut off, or published for another variant.
+    """
+    uri = context.config.model.pretrain_weights
+    if uri is None:
+        return
+    found = describe_weights(fetched(context, uri), uri, context.config.model)
+    log.info("weights: %s, %d bytes, MD5 %s%s", uri, found["size"], found["md5"], _known_as(found["published"]))
+    (context.output / "weights.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def fetched(context: StageContext, uri: str) -> Path:
+    """The weights as a local file; those in S3 are copied to the scratch folder."""
+    try:
+        return fetch_weights(uri, cache=context.work / "weights")
+    except MissingObjectError as error:
+        raise MissingObjectError(f"model.pretrain_weights: {error.message}", hint=f"check the path; {PUT}") from error
+
+
+def describe_weights(path: Path, uri: str, model: ModelSection) -> dict[str, Any]:
+    """What weights.json says of a local file."""
+    _recognise(path, uri)
+    with path.open("rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    published = next((known.name for known in PUBLISHED.values() if known.md5 == md5), None)
+    if published is not None:
+        _refuse_another_variant(published, uri, model)
+    return {"uri": uri, "size": path.stat().st_size, "md5": md5, "published": published}
+
+
+def _recognise(path: Path, uri: str) -> None:
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not head:
+        raise CheckpointError(f"{uri}: the file is empty", hint="upload it again")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{uri}: the file is cut off or damaged: its end is missing", hint="upload it again")
+    if not head.startswith((b"PK", b"\x80")):  # the second is a bare pickle, as torch wrote before 1.6
+        raise CheckpointError(f"{uri}: not a weight file of PyTorch: it starts with {head!r}", hint="give another file")
+
+
+def _refuse_another_variant(published: str, uri: str, model: ModelSection) -> None:
+    variant = _PUBLISHED_VARIANTS.get(published)
+    if variant is None:
+        raise CheckpointError(
+            f"{uri}: is the published {published}, which is no detector", hint="give rf-detr-*.pth of a detector"
+        )
+    wanted = VARIANTS[variant]
+    if any(getattr(model, name) != wanted[name] for name in _DECISIVE):
+        raise CheckpointError(
+            f"{uri}: is the published {published}, weights of the variant {variant}; the model is {model.variant}",
+            hint=f"set model.variant: {variant}, or give weights of {model.variant}",
+        )
+
+
+def _known_as(published: str | None) -> str:
+    return f", the published {published}" if published else ""
