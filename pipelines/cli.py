@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.local import RunOutcome, new_run_id, run_locally
-from rfdetr_core.config import RunConfig, load_run_config, merge, parse_assignments, parse_overrides
+from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError, RFDETRError
+from rfdetr_core.pretrained import fetch_weights, store_weights
 from rfdetr_core.storage import location
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+weights = typer.Typer(no_args_is_help=True, help="Pretrained weights in the store.")
+app.add_typer(weights, name="weights")
 console = Console(highlight=False)
 
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")
@@ -69,6 +72,42 @@ def compile_pipeline(
     output.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(retrain, str(output))
     console.print(f"wrote {output}")
+
+
+@weights.command("put")
+def put_weights(
+    file: Annotated[str, typer.Argument(help="A path, the name of a published file, or an https:// address.")],
+    root: Annotated[str | None, typer.Option("--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix.")] = None,
+    debug: Annotated[bool, DEBUG] = False,  # main reads it
+) -> None:
+    """Check a weight file and bring it into the store once, for stages without internet."""
+    from rfdetr_core.models.weight_file import read_weight_file, variant_of
+
+    if root is None:
+        raise ConfigError("no store to put the weights into", hint="give --root s3://bucket/prefix, or set RFDETR_ROOT")
+    target = location(root)
+    path = fetch_weights(file)
+    content = read_weight_file(path)
+    place, sent = store_weights(path, content.md5, target)
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    names = f": {', '.join(content.class_names)}" if content.class_names else ", without names"
+    lines = [
+        f"put {path.name} ({size}) into the store" if sent else f"{path.name} ({size}) is in the store already",
+        f"model.pretrain_weights: {place.uri}",
+        f"variant: {_variant_text(variant_of(content))}",
+        f"classes: {content.num_classes}{names}",
+        *(f"note: {note}" for note in content.notes),
+    ]
+    if content.stubs:
+        lines.append(f"note: unknown classes in its metadata, never loaded: {', '.join(content.stubs)}")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _variant_text(variant: str | None) -> str:
+    if variant is None:
+        return "unknown: set model.variant yourself"
+    return variant if variant in VARIANTS else f"{variant}, which this program does not build"
 
 
 def _refuse_foreign_store(*uris: str) -> None:

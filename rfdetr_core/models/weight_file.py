@@ -203,7 +203,7 @@ def _state(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
         if not any(isinstance(value, Tensor) for value in content.values()):
             keys = ", ".join(shown(str(key)) for key in list(content)[:5]) or "no entry"
             raise CheckpointError(
-                f"{path}: holds no weights: neither 'model' nor 'state_dict', but {keys}", hint=_AGAIN
+                f"{path}: no weights in it: neither 'model' nor 'state_dict', only {keys}", hint=_AGAIN
             )
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: its weights are {_kind(state)}, not a table of tensors", hint=_AGAIN)

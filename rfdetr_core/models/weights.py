@@ -147,14 +147,16 @@ def resize_class_rows(rows: Tensor, count: int) -> Tensor:
     return rows[torch.arange(count) % len(rows)]
 
 
-def slice_queries(table: Tensor, held: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+def slice_queries(table: Tensor, held: tuple[int, int] | None, wanted: tuple[int, int]) -> Tensor:
     """The first queries of the first groups (spec 7.3, rule 5).
 
     Args:
         table: (groups * queries, width), group by group.
-        held: queries per group and groups of the table.
+        held: queries per group and groups of the table; None, if unknown, keeps the first rows of all.
         wanted: those of the model; of either the smaller number is kept.
     """
+    if held is None:
+        return table[: math.prod(wanted)]
     queries, groups = (min(have, want) for have, want in zip(held, wanted, strict=True))
     return table.reshape(held[1], held[0], -1)[:groups, :queries].reshape(groups * queries, -1)
 
@@ -292,7 +294,7 @@ def _fit_queries(fitting: _Fitting) -> None:
         held = _queries_and_groups(fitting, len(table))
         if held == wanted or (held is None and len(table) == math.prod(wanted)):
             continue
-        fitted = table[: math.prod(wanted)] if held is None else slice_queries(table, held, wanted)
+        fitted = slice_queries(table, held, wanted)
         if len(fitted) < math.prod(wanted):
             have = f"{held[0]} queries in {held[1]} groups" if held else f"{len(table)} rows"
             raise fitting.refusal(
