@@ -1,0 +1,156 @@
+"""Weight files go to and fro between rfdetr 1.11.2 and us, and detect the same on both sides.
+
+The package runs as it is, in an environment of its own (`make peer`). Images have the model's own size, where
+resampling, which the two do differently, is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rfdetr_core import RFDETR, RFDETRNano
+from rfdetr_core.coco_names import COCO_NAMES
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.data.sample import draw_image
+from rfdetr_core.evaluation.detections import Detections
+from rfdetr_core.evaluation.metrics import coco_metrics
+from rfdetr_core.training import checkpoint
+from rfdetr_core.training.state import keep_best
+from tests.models import golden
+from tests.training import tiny
+
+ROOT = Path(__file__).parents[2]
+PEER = ROOT / ".peer" / "bin" / "python"
+SIDE = 384
+THRESHOLD = 0.1
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PEER.exists(), reason="the reference package is not installed: make peer"),
+]
+
+
+def in_peer(*arguments: str | Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([PEER, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{seed}.png" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        draw_image(np.random.default_rng(seed), SIDE, 6)[0].resize((SIDE, SIDE)).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Ours, with a spare class; and two in the published form, of three classes and of COCO's 91 slots."""
+    folder = tmp_path_factory.mktemp("weights")
+    paths = {name: folder / f"{name}.pth" for name in ("ours", "custom", "coco")}
+    model = golden.build(variant="nano", num_classes=4)
+    _write_best(model, tiny.prepare(tiny.draw(folder / "drawn"), folder / "prepared"), paths["ours"])
+    names = Namespace(class_names=["ant", "bee", "fly"], num_queries=300, group_detr=13, patch_size=16)
+    torch.save({"model": golden.build(variant="nano", num_classes=3).state_dict(), "args": names}, paths["custom"])
+    torch.save(
+        {"model": golden.build(variant="nano", num_classes=90).state_dict(), "args": Namespace(num_classes=90)},
+        paths["coco"],
+    )
+    return paths
+
+
+def _write_best(model: Any, dataset: PreparedDataset, path: Path) -> None:
+    """As training writes its best weights, with all that it keeps beside them."""
+    job = dataclasses.replace(tiny.job(dataset, path.parent), model=model.config)
+    split = dataset.split("valid")
+    metrics = coco_metrics(split.table, dataset.class_map, Detections.concatenate([]), max_dets=500)
+    keep_best(job, SimpleNamespace(ema=None, raw_model=model), {}, {"regular": metrics}, 0, lambda _: None)
+    (path.parent / checkpoint.BEST_TOTAL).rename(path)
+
+
+@pytest.fixture(scope="module")
+def theirs(files: dict[str, Path], images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the reference package finds, by file and way of loading."""
+    folder = tmp_path_factory.mktemp("peer")
+    ways = [("ours", "RFDETRNano"), ("ours", "from_checkpoint"), ("custom", "RFDETRNano"), ("coco", "RFDETRNano")]
+    tasks = [
+        {"how": how, "weights": str(files[name]), "images": [*map(str, images)], "threshold": THRESHOLD}
+        for name, how in ways
+    ]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    in_peer(ROOT / "tests" / "peer" / "detect.py", folder / "tasks.json", folder / "results.json")
+    results = json.loads((folder / "results.json").read_bytes())
+    return {f"{name} by {how}": result for (name, how), result in zip(ways, results, strict=True)}
+
+
+def assert_detects_the_same(model: RFDETR, images: list[Path], expected: dict[str, Any]) -> None:
+    assert expected["class"] == type(model).__name__
+    for found, peer in zip(model.predict(images, threshold=THRESHOLD), expected["images"], strict=True):
+        # The head's spare columns stay in the package's result; ours has only what has a name.
+        named = np.isin(peer["class_names"], [name for name in model.class_names if name])
+        assert len(found) == named.sum() >= 5
+        np.testing.assert_array_equal(found.class_ids, np.array(peer["class_ids"])[named])
+        np.testing.assert_array_equal(found.class_names, np.array(peer["class_names"])[named])
+        np.testing.assert_allclose(found.scores, np.array(peer["scores"])[named], atol=1e-4)
+        np.testing.assert_allclose(found.boxes, np.array(peer["boxes"])[named], atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["RFDETRNano", "from_checkpoint"])
+def test_our_file_loads_there(theirs: dict[str, Any], files: dict[str, Path], images: list[Path], how: str) -> None:
+    model = RFDETRNano.from_checkpoint(files["ours"])
+    assert model.class_names == ("rectangle", "ellipse", "triangle")
+    assert_detects_the_same(model, images, theirs[f"ours by {how}"])
+
+
+def test_a_published_file_of_own_classes_loads_here(
+    theirs: dict[str, Any], files: dict[str, Path], images: list[Path]
+) -> None:
+    for model in (RFDETRNano(pretrain_weights=files["custom"]), RFDETR.from_checkpoint(files["custom"])):
+        assert model.class_names == ("ant", "bee", "fly")
+        assert_detects_the_same(model, images, theirs["custom by RFDETRNano"])
+
+
+def test_a_published_file_of_coco_loads_here(
+    theirs: dict[str, Any], files: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    model = RFDETRNano(pretrain_weights=files["coco"])
+    expected = theirs["coco by RFDETRNano"]
+    assert {int(i) for image in expected["images"] for i in image["class_ids"]} & set(COCO_NAMES)
+    assert_detects_the_same(model, images, expected)
+    model.save(tmp_path / "saved.pth")
+    assert_detects_the_same(RFDETR.from_checkpoint(tmp_path / "saved.pth"), images, expected)
+
+
+def test_supervision_gets_what_was_predicted() -> None:
+    """The library is installed there, as a dependency of the package."""
+    in_peer(
+        "-c",
+        """
+import numpy as np
+import supervision
+from rfdetr_core.prediction import Prediction
+
+boxes = np.array([[1.0, 2.0, 30.5, 40.0], [5.0, 6.0, 7.0, 8.0]])
+prediction = Prediction(boxes, np.array([0.75, 0.5]), np.array([4, 0]), ("cat", "dog"))
+found = prediction.to_supervision()
+assert isinstance(found, supervision.Detections)
+assert found.xyxy.tolist() == boxes.tolist() and found.confidence.tolist() == [0.75, 0.5]
+assert found.class_id.tolist() == [4, 0] and found["class_name"].tolist() == ["cat", "dog"]
+assert len(found[found.confidence > 0.6]) == 1
+empty = Prediction(boxes[:0], np.empty(0), np.empty(0, dtype=np.int64), ()).to_supervision()
+assert len(empty) == 0 and empty.xyxy.shape == (0, 4)
+""",
+    )
