@@ -325,7 +325,7 @@ def _announced(answer: Any) -> int | None:
 
 def _read(answer: Any) -> bytes:
     try:
-        chunk: bytes = answer.read(CHUNK)
+        chunk: bytes = answer.read1(CHUNK)  # what is there: `read` would lose a chunk that is not whole
         return chunk
     except (OSError, http.client.HTTPException) as error:
         raise _BrokenOffError(f"broke off ({type(error).__name__})") from None
