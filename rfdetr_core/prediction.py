@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rfdetr_core.data.images import upright_rgb
-from rfdetr_core.data.transforms import MEAN, STD, preprocess
+from rfdetr_core.data.transforms import MEAN, STD, preprocess, to_square
 from rfdetr_core.errors import ConfigError, DatasetError
 from rfdetr_core.models.postprocess import postprocess
 from rfdetr_core.models.weights import TrainedModel
@@ -85,32 +85,29 @@ def predict_pictures(trained: TrainedModel, pictures: Sequence[Picture], thresho
 
 def _network_input(picture: Picture, index: int, resolution: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """The network's input (1, C, R, R), and height and width of the upright picture."""
-    planes: NDArray[Any]
     if isinstance(picture, Tensor):
-        planes = _checked_tensor(picture, index, channels)
-        return _preprocess_planes(planes, resolution), (planes.shape[1], planes.shape[2])
+        picture = _as_array(picture, index, channels)
     if isinstance(picture, np.ndarray):
         array = _checked_array(picture, index, channels)
         if channels != _RGB:
-            planes = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
-            return _preprocess_planes(planes, resolution), (planes.shape[1], planes.shape[2])
+            return _preprocess_channels(array, resolution), (array.shape[0], array.shape[1])
         picture = Image.fromarray(array)
     image = _upright(picture, index, channels)
     return preprocess(image, resolution), (image.height, image.width)
 
 
-def _checked_tensor(tensor: Tensor, index: int, channels: int) -> NDArray[np.float32]:
-    """(C, H, W) float32."""
+def _as_array(tensor: Tensor, index: int, channels: int) -> NDArray[np.uint8]:
+    """(H, W, C) of 8 bits: no image in training had more, and equal pictures give equal detections in any form."""
     what = f"images[{index}]: a tensor {tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.ndim != 3 or tensor.shape[0] != channels or not tensor.is_floating_point():
         raise ConfigError(f"{what} is no picture", hint=f"give ({channels}, height, width) of floats in [0, 1]")
     if not tensor.numel():
         raise DatasetError(f"{what} has no pixels", hint="leave it out")
-    planes = tensor.detach().cpu().float()
-    if not ((planes >= 0) & (planes <= 1)).all():  # also refuses NaN
-        least, most = planes.min().item(), planes.max().item()
+    values = tensor.detach().cpu().float()
+    if not ((values >= 0) & (values <= 1)).all():  # also refuses NaN
+        least, most = values.min().item(), values.max().item()
         raise DatasetError(f"{what} has values from {least:g} to {most:g}", hint="scale it to [0, 1]: 8 bits / 255")
-    return np.asarray(planes.numpy(), dtype=np.float32)
+    return values.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def _checked_array(array: NDArray[Any], index: int, channels: int) -> NDArray[np.uint8]:
@@ -151,16 +148,16 @@ def _upright(picture: Image.Image | str | os.PathLike[str], index: int, channels
     return image
 
 
-def _preprocess_planes(planes: NDArray[Any], resolution: int) -> Tensor:
-    """`preprocess` for channels (C, H, W) of uint8, or of float32 in [0, 1]: the same resampling, channel by channel.
+def _preprocess_channels(array: NDArray[np.uint8], resolution: int) -> Tensor:
+    """`preprocess` for (H, W, C) or (H, W): the same resampling, channel by channel.
 
     ImageNet's mean and std are repeated cyclically (model spec section 8).
     """
-    square, scale = (resolution, resolution), 255.0 if planes.dtype == np.uint8 else 1.0
-    resized = [Image.fromarray(np.ascontiguousarray(p)).resize(square, Image.Resampling.BILINEAR) for p in planes]
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])[None])  # (1, C, R, R)
-    mean, std = (torch.tensor([*islice(cycle(row), len(planes))]).view(-1, 1, 1) for row in (MEAN, STD))
-    return pixels.to(torch.float32).div_(scale).sub_(mean).div_(std)
+    channels = np.atleast_3d(array).transpose(2, 0, 1)  # (C, H, W)
+    resized = [to_square(Image.fromarray(np.ascontiguousarray(channel)), resolution) for channel in channels]
+    pixels = torch.from_numpy(np.stack(resized)[None])  # (1, C, R, R)
+    mean, std = (torch.tensor([*islice(cycle(row), len(channels))]).view(-1, 1, 1) for row in (MEAN, STD))
+    return pixels.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 
 def _prediction(row: dict[str, Tensor], names: tuple[str, ...], threshold: float) -> Prediction:

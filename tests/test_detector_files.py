@@ -1,0 +1,147 @@
+"""Detectors out of weight files of any form: architecture, class names, variant."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rfdetr_core.coco_names import COCO_NAMES, names_by_slot
+from rfdetr_core.config import ModelSection
+from rfdetr_core.detector_files import as_weight_file, begin_from, class_names_of, read_detector, write_detector
+from rfdetr_core.errors import CheckpointError
+from rfdetr_core.models.detector import RFDETR
+from rfdetr_core.models.weight_file import WeightFile, read_weight_file
+from rfdetr_core.models.weights import TrainedModel
+from tests.models import golden
+from tests.training import tiny
+
+OWN = ("ant", "bee", "fly")
+
+
+def file_of(slots: int, names: tuple[str, ...] = ()) -> WeightFile:
+    state = {"class_embed.bias": torch.zeros(slots)}
+    return WeightFile(Path("w.pth"), state, {}, None, {}, names, (), "")
+
+
+def tiny_model(**fields: Any) -> RFDETR:
+    module = RFDETR(tiny.model_config(**fields))
+    golden.fill_w1(module)
+    return module.eval()
+
+
+class TestClassNames:
+    @pytest.mark.parametrize(
+        ("slots", "names", "classes", "expected"),
+        [
+            (4, OWN, 3, OWN),
+            (4, (*OWN, "__background__"), 3, OWN),  # how some name the spare column
+            (6, OWN, 5, OWN),  # spare classes have no name
+            (4, OWN, 2, OWN[:2]),  # a head that is cut
+            (4, OWN, 7, OWN),  # a head that is grown
+            (4, (), 3, ("class_0", "class_1", "class_2")),
+            (366, (), 2, ("class_0", "class_1")),
+            (91, (), 90, names_by_slot()),
+            (91, tuple(COCO_NAMES.values()), 90, names_by_slot()),
+            (91, names_by_slot(), 90, names_by_slot()),
+            (91, (), 3, ("", "person", "bicycle")),
+            (91, tuple(f"own {i}" for i in range(90)), 90, tuple(f"own {i}" for i in range(90))),
+        ],
+    )
+    def test_rules(self, slots: int, names: tuple[str, ...], classes: int, expected: tuple[str, ...]) -> None:
+        assert class_names_of(file_of(slots, names), classes) == expected
+
+    def test_the_table_of_coco(self) -> None:
+        assert len(COCO_NAMES) == len(set(COCO_NAMES.values())) == 80
+        assert [COCO_NAMES[i] for i in (1, 13, 44, 90)] == ["person", "stop sign", "bottle", "toothbrush"]
+        slots = names_by_slot()
+        assert [slot for slot, name in enumerate(slots) if not name] == [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+        assert slots.index("dog") == 18
+
+
+class TestReadDetector:
+    def test_a_published_file_names_its_architecture(self, tmp_path: Path) -> None:
+        """Sizes that no variant has come from the file."""
+        module = tiny_model(num_queries=6, num_select=6)
+        config = {"resolution": 48, "num_queries": 6, "num_select": 6, "group_detr": 2, "out_feature_indexes": [1, 2]}
+        config |= {"patch_size": 8, "num_windows": 2, "hidden_dim": 32, "positional_encoding_size": 4}
+        content = {"model": module.state_dict(), "model_name": "RFDETRPico", "model_config": config}
+        torch.save({**content, "args": Namespace(class_names=list(OWN))}, tmp_path / "best.pth")
+        trained = read_detector(tmp_path / "best.pth")
+        assert (trained.config.variant, trained.config.resolution, trained.config.num_queries) == ("pico", 48, 6)
+        assert (trained.config.num_classes, trained.class_names) == (3, OWN)
+        assert not tiny.differing(trained.module.state_dict(), module.state_dict())
+        assert not trained.module.training
+        assert trained.source == "pretrained"
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"model_name": "RFDETRSegNano"}, r"is of the kind seg-nano \(known are pico, nano"),
+            ({"model_config": {"resolution": 33}, "model_name": "RFDETRPico"}, "cannot be built: .*resolution"),
+            ({}, "of no variant that this program knows"),
+        ],
+    )
+    def test_what_it_is_not(self, tmp_path: Path, content: dict[str, Any], message: str) -> None:
+        torch.save({"model": tiny_model().state_dict(), **content}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read_detector(tmp_path / "w.pth")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("data", [b"", b"no weights", b"PK\x03\x04 cut off"])
+    def test_what_is_no_weight_file(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "w.pth").write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"w\.pth: ") as caught:
+            read_detector(tmp_path / "w.pth")
+        assert "\n" not in str(caught.value)
+
+    def test_written_and_read(self, tmp_path: Path) -> None:
+        module = tiny_model(num_classes=5)
+        trained = TrainedModel(module, module.config, OWN, "ema", 7, "0" * 64)
+        write_detector(trained, tmp_path / "own.pth")
+        found = read_detector(tmp_path / "own.pth")
+        assert (found.config, found.class_names, found.source, found.epoch) == (module.config, OWN, "ema", 7)
+        assert not tiny.differing(found.module.state_dict(), module.state_dict())
+        file = read_weight_file(tmp_path / "own.pth")  # what any other reader sees
+        assert (file.class_names, file.model_name, file.num_classes) == (OWN, "RFDETRPico", 5)
+
+
+class TestBeginFrom:
+    def test_another_number_of_layers_is_refused(self) -> None:
+        file = as_weight_file(self.trained(golden.build(variant="nano", num_classes=3)))
+        with pytest.raises(
+            CheckpointError, match=r"holds the weights of nano \(2 decoder layers\), the model is medium \(4\)"
+        ):
+            begin_from(file, ModelSection.parse({"variant": "medium"}))
+
+    def test_classes_are_the_files_unless_asked_for(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path, module = tmp_path / "w.pth", tiny_model()
+        write_detector(self.trained(module), path)
+        caplog.set_level(logging.INFO)
+        section = {name: value for name, value in tiny.MODEL.items() if name != "num_classes"}
+        rows = module.class_embed.weight
+        kept = begin_from(read_weight_file(path), ModelSection.parse(section))
+        assert torch.equal(kept.module.class_embed.weight, rows)
+        grown = begin_from(read_weight_file(path), ModelSection.parse({**section, "num_classes": 5}))
+        assert torch.equal(grown.module.class_embed.weight, rows[[0, 1, 2, 3, 0, 1]])
+        assert "class heads have 4 rows in the file and 6 in the model" in caplog.text
+        assert (grown.config.num_classes, grown.class_names) == (5, OWN)
+
+    @staticmethod
+    def trained(module: RFDETR) -> TrainedModel:
+        return TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64)
+
+
+def test_weights_at_hand_are_a_file_too() -> None:
+    module = tiny_model()
+    trained = TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64)
+    file = as_weight_file(trained)
+    assert not tiny.differing(file.state, module.state_dict())
+    with torch.no_grad():
+        module.class_embed.bias.add_(1)
+    assert tiny.differing(file.state, module.state_dict()) == ["class_embed.bias"]  # a copy
+    assert file.md5 != as_weight_file(trained).md5
