@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,31 @@ import torch
 from PIL import Image
 
 import rfdetr_core
-from rfdetr_core import RFDETRNano, RFDETRPico
+from rfdetr_core import RFDETR, RFDETRNano, RFDETRPico
 from rfdetr_core.api import VARIANTS
 from rfdetr_core.data.loading import LoaderSettings
 from rfdetr_core.data.prepared import PreparedDataset
-from rfdetr_core.errors import CheckpointError, ConfigError, DatasetError, ExportError
+from rfdetr_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    ExportError,
+    StorageAccessError,
+    UserError,
+)
 from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.export.parity import open_session
+from rfdetr_core.models import detector
 from rfdetr_core.prediction import AT_ONCE, Prediction
 from rfdetr_core.training import checkpoint, folder
 from rfdetr_core.training.engine import Engine
+from tests.models.golden import fill_w1
 from tests.training import tiny
 
 ARCHITECTURE = {name: value for name, value in tiny.MODEL.items() if name not in ("variant", "num_classes")}
 SETTINGS: dict[str, Any] = {**tiny.TRAIN, "epochs": 1, "batch_size": 2, "grad_accum_steps": 1}
+STILL: dict[str, Any] = {**SETTINGS, "lr": 1e-12, "lr_encoder": 1e-12}
+"""A training that leaves the weights where they are."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +59,17 @@ def model(coco: Path, output: Path) -> Any:
     model = RFDETRPico(**ARCHITECTURE)
     model.train(dataset_dir=coco, output_dir=output, **SETTINGS)
     return model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published file of five classes, for the tiny architecture."""
+    path = tmp_path_factory.mktemp("weights") / "five.pth"
+    module = detector.RFDETR(tiny.model_config(num_classes=5))
+    fill_w1(module)
+    args = Namespace(class_names=["a", "b", "c", "d", "e"], num_queries=8, group_detr=2)
+    torch.save({"model": module.state_dict(), "args": args}, path)
+    return path
 
 
 def pictures(coco: Path) -> list[Path]:
@@ -305,11 +328,183 @@ class TestFromCheckpoint:
             RFDETRPico.from_checkpoint(output / "checkpoint.pth")
 
 
+class TestPretrained:
+    """`pretrain_weights`, and training a model that has weights already."""
+
+    def test_the_model_predicts_at_once(self, weights: Path, coco: Path) -> None:
+        model = RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)
+        assert model.class_names == ("a", "b", "c", "d", "e")
+        assert model.config.num_classes == 5
+        found = model.predict(pictures(coco)[0], threshold=0)
+        assert len(found) > 3
+        assert set(found.class_names) <= set(model.class_names)
+
+    def test_a_number_of_classes_cuts_or_grows_the_head(self, weights: Path, coco: Path) -> None:
+        whole = RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)._trained.module.class_embed.weight
+        cut = RFDETRPico(pretrain_weights=str(weights), num_classes=2, **ARCHITECTURE)
+        assert torch.equal(cut._trained.module.class_embed.weight, whole[:3])
+        assert set(cut.predict(pictures(coco)[0], threshold=0).class_names) <= {"a", "b"}
+        grown = RFDETRPico(pretrain_weights=weights, num_classes=7, **ARCHITECTURE)
+        assert torch.equal(grown._trained.module.class_embed.weight, whole[[0, 1, 2, 3, 4, 5, 0, 1]])
+
+    def test_training_begins_with_them(self, weights: Path, coco: Path, tmp_path: Path) -> None:
+        """With a rate of next to nothing they are what comes out, raw and averaged, but for the head's rows."""
+        model = RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)
+        start = {key: value.clone() for key, value in model._trained.module.state_dict().items()}
+        model.train(dataset_dir=coco, output_dir=tmp_path, **STILL)
+        assert model.class_names == ("rectangle", "ellipse", "triangle")
+        for name in ("regular", "ema"):
+            found = checkpoint.load(tmp_path / f"checkpoint_best_{name}.pth")["model"]
+            for key, value in found.items():
+                expected = start[key][:4] if "class_embed" in key else start[key]
+                torch.testing.assert_close(value, expected, msg=lambda text, key=key: f"{key}: {text}")
+        report = json.loads((tmp_path / "weights.json").read_text())
+        assert report["class_rows"] == [6, 4]
+        assert report["missing"] == []
+
+    def test_training_again_goes_on_from_the_models_own_weights(
+        self, weights: Path, coco: Path, tmp_path: Path
+    ) -> None:
+        model = RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)
+        model.train(dataset_dir=coco, output_dir=tmp_path / "first", **SETTINGS)
+        first = {key: value.clone() for key, value in model._trained.module.state_dict().items()}
+        model.train(dataset_dir=coco, output_dir=tmp_path / "second", **STILL)
+        for key, value in model._trained.module.state_dict().items():
+            torch.testing.assert_close(value, first[key])
+        with pytest.raises(ConfigError, match=r"is of another training \(other settings, data or start weights\)"):
+            model.train(dataset_dir=coco, output_dir=tmp_path / "second", **STILL)
+
+    def test_the_same_program_again_does_nothing(
+        self, weights: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        results = []
+        for _ in range(2):
+            model = RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)
+            results.append(model.train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS))
+            monkeypatch.setattr(Engine, "optimizer_step", None)
+        assert results[0].best_score == results[1].best_score
+        other = RFDETRPico(**ARCHITECTURE)
+        with pytest.raises(ConfigError, match="other settings, data or start weights"):
+            other.train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
+
+    def test_without_any_it_is_said_once(self, coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
+        warned = [row.getMessage() for row in caplog.records if "random weights" in row.getMessage()]
+        assert len(warned) == 1
+        assert "RFDETRPico(pretrain_weights=" in warned[0]
+        assert not (tmp_path / "weights.json").exists()
+
+    def test_a_loaded_model_trains_on_at_another_resolution(self, model: Any, coco: Path, tmp_path: Path) -> None:
+        """Its architecture is the file's, and what the train call says goes first."""
+        loaded = RFDETRPico.from_checkpoint(model.save(tmp_path / "saved.pth"))
+        loaded.train(dataset_dir=coco, output_dir=tmp_path / "out", resolution=48, **SETTINGS)
+        assert (loaded.config.resolution, loaded.config.positional_encoding_size) == (48, 6)
+        assert loaded.config.num_queries == tiny.MODEL["num_queries"]
+        report = json.loads((tmp_path / "out" / "weights.json").read_text())
+        assert [change["key"].rpartition(".")[2] for change in report["resized"]] == ["position_embeddings"]
+
+    @pytest.mark.parametrize("data", [None, b"", b"no weights", b"PK\x03\x04cut off"])
+    def test_what_cannot_be_used_is_told_in_one_line(self, tmp_path: Path, data: bytes | None) -> None:
+        if data is not None:
+            (tmp_path / "w.pth").write_bytes(data)
+        with pytest.raises(UserError, match=r"w\.pth: ") as caught:
+            RFDETRPico(pretrain_weights=tmp_path / "w.pth")
+        assert "\n" not in str(caught.value)
+
+    def test_weights_of_another_variant_are_refused(self, weights: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"five\.pth: .*patches of 8 pixels"):
+            RFDETRNano(pretrain_weights=weights)
+
+
+class TestSave:
+    def test_saved_and_loaded_it_detects_the_same(self, model: Any, coco: Path, tmp_path: Path) -> None:
+        path = model.save(tmp_path / "mine.pth")
+        assert path == tmp_path / "mine.pth"
+        loaded = RFDETR.from_checkpoint(path)
+        assert type(loaded) is RFDETRPico
+        assert (loaded.config, loaded.class_names) == (model.config, model.class_names)
+        assert_same(*(m.predict(pictures(coco)[0], threshold=0) for m in (model, loaded)))
+
+    def test_a_folder_that_is_not_there_is_told(self, model: Any, tmp_path: Path) -> None:
+        with pytest.raises(StorageAccessError, match=r"mine\.pth: cannot be written"):
+            model.save(tmp_path / "absent" / "mine.pth")
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("split", ["valid", "test"])
+    def test_gives_the_metrics_of_the_stage(self, model: Any, output: Path, coco: Path, split: str) -> None:
+        (prepared,) = (output / "dataset").iterdir()
+        dataset = PreparedDataset(prepared)
+        expected, _ = evaluate_model(
+            checkpoint.load_trained(output / "checkpoint_best_total.pth"),
+            dataset.split(split),
+            dataset.class_map,
+            batch_size=2,
+            max_dets=500,
+            device=torch.device("cpu"),
+            loading=LoaderSettings(0, None, None, None),
+        )
+        for source in (coco, prepared):
+            found = model.evaluate(dataset_dir=source, split=split, num_workers=0)
+            assert tiny.flat(found.to_json()) == pytest.approx(tiny.flat(expected.to_json()))
+        assert sorted(path.name for path in coco.iterdir()) == ["test", "train", "valid"]  # untouched
+
+    def test_classes_that_do_not_match_are_told(
+        self, coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        other = detector.RFDETR(tiny.model_config())
+        path = tmp_path / "other.pth"
+        torch.save({"model": other.state_dict(), "args": {"class_names": ["ellipse", "square", "star"]}}, path)
+        model = RFDETRPico(pretrain_weights=path, **ARCHITECTURE)
+        model.evaluate(dataset_dir=coco, num_workers=0)
+        assert "2 classes that the dataset lacks, dropping their detections: square, star" in caplog.text
+        assert "2 classes that the model lacks, so that it cannot find them: rectangle, triangle" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("keywords", "message"),
+        [
+            ({"split": "trial"}, r'evaluate\(\): split: "trial" is not allowed'),
+            ({"batch_size": 0}, r"evaluate\(\): batch_size: 0 is not allowed"),
+            ({"eval_max_dets": 0}, r"evaluate\(\): eval_max_dets: 0 is not allowed"),
+        ],
+    )
+    def test_refusals(self, model: Any, coco: Path, keywords: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            model.evaluate(dataset_dir=coco, **keywords)
+
+
+class TestOtherChannels:
+    """Prediction takes them (tests/test_prediction.py); what reads image files does not."""
+
+    def test_training_evaluation_and_export_are_refused(self, coco: Path, tmp_path: Path) -> None:
+        path = tmp_path / "rgb.pth"
+        torch.save({"model": detector.RFDETR(tiny.model_config()).state_dict()}, path)
+        model = RFDETRPico(pretrain_weights=path, num_channels=4, **ARCHITECTURE)
+        assert model.predict(np.zeros((40, 50, 4), np.uint8), threshold=0).boxes.shape[1] == 4
+        for what, call in (
+            ("training", lambda: model.train(dataset_dir=coco, output_dir=tmp_path / "out", **SETTINGS)),
+            ("evaluation", lambda: model.evaluate(dataset_dir=coco)),
+            ("export", lambda: model.export(tmp_path / "out")),
+        ):
+            with pytest.raises(ConfigError, match=f"model.num_channels: 4 does not go with {what}"):
+                call()
+        assert not (tmp_path / "out").exists()
+
+
 class TestRefusals:
+    def test_the_class_of_all_variants_is_none(self) -> None:
+        with pytest.raises(ConfigError, match=r"RFDETR itself is no variant \(use RFDETRPico, RFDETRNano"):
+            RFDETR()
+
     def test_without_weights(self, tmp_path: Path) -> None:
         model = RFDETRPico()
         assert model.class_names == ()
-        for call in (lambda: model.predict("photo.jpg"), lambda: model.export(tmp_path)):
+        for call in (
+            lambda: model.predict("photo.jpg"),
+            lambda: model.export(tmp_path),
+            lambda: model.save(tmp_path / "w.pth"),
+            lambda: model.evaluate(dataset_dir=tmp_path),
+        ):
             with pytest.raises(ConfigError, match=r"no weights yet \(train it, or use RFDETRPico\.from_checkpoint"):
                 call()
 
