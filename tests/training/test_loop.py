@@ -24,10 +24,13 @@ from rfdetr_core.errors import CheckpointError, DeviceMemoryError, Terminated, T
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
+from rfdetr_core.models.detector import RFDETR
+from rfdetr_core.models.weight_file import WeightFile, read_weight_file
 from rfdetr_core.training import checkpoint, loop
 from rfdetr_core.training.criterion import Criterion
 from rfdetr_core.training.engine import Engine
 from rfdetr_core.training.loop import TrainingJob, train
+from tests.models.golden import fill_w1
 from tests.training import tiny
 
 INTERRUPTED: dict[str, Any] = {
@@ -268,6 +271,64 @@ loop.train(job)
             "checkpoint_best_total.pth",
         ]
         assert {checkpoint.load(tmp_path / name)["inputs"] for name in weight_files(tmp_path)} == {"other"}
+
+
+class TestStartWeights:
+    @pytest.fixture
+    def job(self, dataset: PreparedDataset, tmp_path: Path) -> TrainingJob:
+        """A training from weights of five classes; every reading of them is counted in `reads`."""
+        module = RFDETR(tiny.model_config(num_classes=5))
+        fill_w1(module)
+        torch.save({"model": module.state_dict()}, tmp_path / "start.pth")
+        self.reads = 0
+
+        def read() -> WeightFile:
+            self.reads += 1
+            return read_weight_file(tmp_path / "start.pth")
+
+        return dataclasses.replace(tiny.job(dataset, tmp_path / "out", epochs=1), start_weights=read)
+
+    def test_model_and_average_begin_with_them(self, job: TrainingJob) -> None:
+        """Before the first step: a stop there leaves a checkpoint of what was loaded, but for one tiny step."""
+        still = dataclasses.replace(job, train=tiny.train_config(epochs=1, lr=1e-12, lr_encoder=1e-12))
+        with pytest.raises(Terminated):
+            train(still, stop_requested=stop_at(1))
+        content, start = latest(job.checkpoints), read_weight_file(job.checkpoints.parent / "start.pth").state
+        for key, value in start.items():
+            expected = value[:4] if "class_embed" in key else value
+            for part in ("model", "ema_model"):
+                torch.testing.assert_close(content[part][key], expected)
+
+    def test_the_average_holds_them_before_its_first_update(self, job: TrainingJob) -> None:
+        late = dataclasses.replace(job, train=tiny.train_config(epochs=1, lr=1e-2, ema_update_interval=5))
+        with pytest.raises(Terminated):
+            train(late, stop_requested=stop_at(3))
+        content, start = latest(job.checkpoints), read_weight_file(job.checkpoints.parent / "start.pth").state
+        assert content["ema_updates"] == 0
+        torch.testing.assert_close(content["ema_model"]["query_feat.weight"], start["query_feat.weight"])
+        assert not torch.equal(content["model"]["query_feat.weight"], start["query_feat.weight"])
+
+    def test_a_continued_training_takes_its_checkpoint(self, job: TrainingJob) -> None:
+        with pytest.raises(Terminated):
+            train(job, stop_requested=stop_at(3))
+        report = (job.output / "weights.json").read_text()
+        (job.output / "weights.json").unlink()
+        train(job)
+        assert self.reads == 1
+        assert (job.output / "weights.json").read_text() == report
+        assert json.loads(report)["class_rows"] == [6, 4]
+
+    def test_what_was_done_is_told(self, job: TrainingJob, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        train(job)
+        assert "class heads have 6 rows in the file and 4 in the model" in caplog.text
+
+    def test_what_does_not_fit_leaves_no_checkpoint(self, job: TrainingJob) -> None:
+        other = dataclasses.replace(job, model=tiny.model_config(hidden_dim=16))
+        with pytest.raises(CheckpointError, match=r"start\.pth: .* in the model ") as caught:
+            train(other)
+        assert "\n" not in str(caught.value)
+        assert weight_files(job.checkpoints) == []
 
 
 class TestUnusableCheckpoints:
