@@ -81,10 +81,10 @@ def put_weights(
     debug: Annotated[bool, DEBUG] = False,  # main reads it
 ) -> None:
     """Check a weight file and bring it into the store once, for stages without internet."""
-    from rfdetr_core.models.weight_file import read_weight_file, variant_of
-
     if root is None:
         raise ConfigError("no store to put the weights into", hint="give --root s3://bucket/prefix, or set RFDETR_ROOT")
+    from rfdetr_core.models.weight_file import read_weight_file, variant_of  # torch takes seconds
+
     target = location(root)
     path = fetch_weights(file)
     content = read_weight_file(path)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import types
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,30 @@ def test_a_refusal_says_what_the_file_wants_to_run(sentinel: Path, tmp_path: Pat
         read({"model": STATE, "args": bombs(sentinel)["os.system"]}, tmp_path)
 
 
+def test_torch_s_advice_to_trust_the_file_is_not_passed_on(sentinel: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read({"model": STATE, "args": bombs(sentinel)["eval"]}, tmp_path, _use_new_zipfile_serialization=False)
+    assert caught.value.message.endswith(
+        "refused: it needs eval, and a file in the format before torch 1.6 cannot be read without it"
+    )
+
+
+class Table(dict[str, int]):
+    """A dict that only its own class can restore."""
+
+
+def test_metadata_that_is_no_plain_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"refused: it holds a tests\.\S+\.Table that cannot be read as plain data"
+    ):
+        read({"model": STATE, "args": Table(a=1)}, tmp_path)
+
+
+def test_a_defaultdict_is_a_dict(tmp_path: Path) -> None:
+    file = read({"model": STATE, "args": defaultdict(list, a=[1])}, tmp_path)
+    assert (file.args, file.stubs) == ({"a": [1]}, ("builtins.list",))
+
+
 @pytest.mark.parametrize("part", ["tensor", "table"])
 def test_an_unknown_object_is_no_tensor(part: str, tmp_path: Path) -> None:
     unknown = Call(eval, "1")
@@ -274,10 +298,37 @@ def test_what_is_no_weight_file(data: bytes, message: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value) and str(path) in str(caught.value) and caught.value.hint
 
 
+def test_one_wrong_bit_in_a_tensor(tmp_path: Path) -> None:
+    torch.save({"model": {**STATE, "x": torch.full((1000,), 2.5)}}, tmp_path / "weights.pth")
+    data = bytearray((tmp_path / "weights.pth").read_bytes())
+    data[data.index(torch.full((9,), 2.5).numpy().tobytes()) + 400] ^= 1
+    (tmp_path / "weights.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"the file is damaged: \w+/data/\d+ has another checksum"):
+        read_weight_file(tmp_path / "weights.pth")
+
+
+def test_a_file_without_checksums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert_is_state(read({"model": STATE}, tmp_path).state)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_a_compressed_archive(tmp_path: Path) -> None:
+    torch.save({"model": STATE}, tmp_path / "whole.pth")
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(tmp_path / "whole.pth") as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(CheckpointError, match="its records are compressed"):
+        read_weight_file(path)
+
+
 def test_a_zip_archive_of_something_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
         archive.writestr("image.jpg", b"...")
-    with pytest.raises(CheckpointError, match="not a readable weight file"):
+    with pytest.raises(CheckpointError, match=r"not a readable weight file: file in archive is not .* image\.jpg"):
         read_weight_file(tmp_path / "weights.pth")
 
 
@@ -345,6 +396,7 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read(small_file: tuple[Path, bytes], data: st.DataObject) -> None:
+    """Whole in all that matters, that is: what is read is what was written."""
     path, whole = small_file
     damaged = bytearray(whole[: data.draw(st.one_of(st.just(len(whole)), st.integers(0, len(whole) - 1)))])
     for _ in range(data.draw(st.integers(0, 4)) if damaged else 0):
@@ -355,7 +407,8 @@ def test_a_damaged_file_is_refused_or_read(small_file: tuple[Path, bytes], data:
     except CheckpointError as error:
         assert "\n" not in str(error)
     else:
-        assert all(torch.isfinite(value).all() for value in file.state.values() if value.is_floating_point())
+        assert_is_state(file.state)
+        assert file.args == {**ARGS, "p": None}
 
 
 # What the file is
