@@ -98,12 +98,23 @@ def match_layers(
     `layer_sizes` are their query counts, each a multiple of `groups`. Pairs are ordered by layer, image, query.
     Raises DatasetError for a label outside 0..C-1.
     """
-    costs = _own_image_costs(logits, boxes, targets)
-    if not np.isfinite(costs).all():
-        costs = _with_finite_costs(costs, logits, boxes, targets, layer_sizes)
+    costs = assignment_costs(logits, boxes, targets, layer_sizes)
     pairs = _solve(costs, targets.counts, layer_sizes, groups)
     layer, image, query, target = torch.from_numpy(pairs).to(logits.device, non_blocking=True).unbind()
     return Matches(layer, image, query, target, int((pairs[0] == 0).sum()))
+
+
+def assignment_costs(
+    logits: Tensor, boxes: Tensor, targets: PackedTargets, layer_sizes: Sequence[int]
+) -> NDArray[np.float32]:
+    """Cost (T, S) of each target with every query of its own image; arguments and errors as of `match_layers`.
+
+    What is not finite was replaced, with a RuntimeWarning, by a value above all others of its layer.
+    """
+    costs = _own_image_costs(logits, boxes, targets)
+    if np.isfinite(costs).all():
+        return costs
+    return _with_finite_costs(costs, logits, boxes, targets, layer_sizes)
 
 
 def _solve(

@@ -5,51 +5,42 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from rfdetr_core.errors import DatasetError
 from rfdetr_core.training.matcher import match, match_layers, pack_targets, pair_costs
 from tests.models import golden
-
-BREAKAGE = {
-    "plain": [],
-    "nan_box": [("pred_boxes", (0, 2), torch.nan), ("pred_boxes", (2, 5), torch.inf)],
-    "nan_logit": [("pred_logits", (0, 3, 0), torch.nan), ("pred_logits", (2, 7, 3), torch.nan)],
-    "all_nan": [("pred_boxes", slice(None), torch.nan)],
-}
+from tests.models.golden_check import breaches
+from tests.models.golden_report import computed
+from tests.models.golden_units import BREAKAGE
+from tests.models.golden_units import matcher_case as case
 
 
-def case(name: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    data = golden.arrays("units")
-    outputs = {f"pred_{part}": torch.from_numpy(data[f"matcher.{part}"]).clone() for part in ("logits", "boxes")}
-    for part, where, value in BREAKAGE[name]:
-        outputs[part][where] = value
-    return outputs, golden.targets("units", 3, "matcher.")
-
-
-@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", BREAKAGE)
-def test_assignments(name: str, groups: int) -> None:
-    outputs, targets = case(name)
-    if name == "plain":
-        found = match(outputs, targets, groups)
-    else:
-        with pytest.warns(RuntimeWarning, match="not finite"):
-            found = match(outputs, targets, groups)
-    data = golden.arrays("units")
-    for i, (query, target) in enumerate(found):
-        assert_array_equal(query, data[f"matcher.{name}.g{groups}.img{i}.query"])
-        assert_array_equal(target, data[f"matcher.{name}.g{groups}.img{i}.target"])
+def test_reference_numbers(name: str) -> None:
+    """Costs, those that stand in for broken ones among them, and the assignments of one and three groups."""
+    assert not breaches(computed(f"matcher.{name}"))
 
 
-def test_costs() -> None:
+def test_broken_predictions_are_reported() -> None:
+    outputs, targets = case("nan_logit")
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        match(outputs, targets, groups=1)
+
+
+def test_padded_targets_are_matched_like_the_real_ones_alone() -> None:
     outputs, targets = case("plain")
-    packed = pack_targets(targets, outputs["pred_boxes"])
-    class_logits = outputs["pred_logits"].transpose(1, 2)[packed.image, packed.labels]
-    costs = pair_costs(class_logits, outputs["pred_boxes"][packed.image], packed.boxes[:, None])
-    assert_allclose(costs.T, golden.arrays("units")["matcher.plain.cost"], rtol=0, atol=1e-5)
+    rows = [torch.tensor([1, 0, 1, 1, 1, 0]), torch.tensor([0, 0]), torch.ones(7, dtype=torch.int64)]
+    padded = []
+    for target, real in zip(targets, rows, strict=True):
+        labels, boxes = torch.full((len(real),), -1), torch.full((len(real), 4), torch.nan)  # of no use to anyone
+        labels[real.bool()], boxes[real.bool()] = target["labels"], target["boxes"]
+        padded.append({"labels": labels, "boxes": boxes, "valid": real.bool()})
+    for found, expected in zip(match(outputs, padded, groups=3), match(outputs, targets, groups=3), strict=True):
+        assert_array_equal(found[0], expected[0])
+        assert_array_equal(found[1], expected[1])
+    assert pack_targets(padded, outputs["pred_boxes"]).counts == [4, 0, 7]
 
 
 def test_layers_are_matched_as_if_alone() -> None:
