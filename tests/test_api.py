@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 import rfdetr_core
 from rfdetr_core import RFDETR, RFDETRNano, RFDETRPico
 from rfdetr_core.api import VARIANTS
+from rfdetr_core.config import ModelConfig
 from rfdetr_core.data.loading import LoaderSettings
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import (
@@ -534,3 +536,25 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=message):
             RFDETRPico().train(dataset_dir=tmp_path / "nowhere", output_dir=tmp_path / "out", **keywords)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is not the published file of that name")
+def test_the_page_on_python_tells_the_truth(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every snippet runs, in order; with the smallest variant, one epoch, and weights made here."""
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 6
+    shutil.copytree(coco, tmp_path / "data")
+    shutil.copy(pictures(coco)[0], tmp_path / "photo.jpg")
+    module = detector.RFDETR(ModelConfig(variant="pico"))
+    torch.save({"model": module.state_dict()}, tmp_path / "rf-detr-nano.pth")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        code = snippet.replace("RFDETRNano", "RFDETRPico").replace("epochs=20", "epochs=1")
+        exec(compile(code, "docs/python.md", "exec"), names)
+    assert type(names["model"]) is RFDETRPico
+    assert names["path"] == Path("output/rfdetr-pico.onnx")
+    for found in (names["b"], names["c"]):
+        np.testing.assert_array_equal(found.scores, names["a"].scores)
