@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.deformable_attention import DeformableAttention
+from rfdetr_core.models.linear import Linear, linear
 
 _SINE_BASE = 10000.0
 
@@ -27,11 +28,11 @@ class MLP(nn.Module):
     def __init__(self, width_in: int, hidden: int, width_out: int, depth: int) -> None:
         super().__init__()
         widths = [width_in, *[hidden] * (depth - 1), width_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = layer.relu(x)
         return self.layers[-1](x)
 
 
@@ -65,15 +66,15 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, groups: int) -> Tensor:
         """(B, G*Q, D) and its position vectors to (B, G*Q, D); a query sees its own group only."""
         width = x.shape[-1]
-        qk = F.linear(x + position, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-        v = F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        qk = linear(x + position, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
+        v = linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
         per_group = x.shape[1] // groups
         split = (-1, per_group, self.heads, width // self.heads)  # groups become batch entries
         q, k, v = (part.reshape(split).transpose(1, 2) for part in (*qk.chunk(2, dim=-1), v))
@@ -92,15 +93,15 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.cross_attn = DeformableAttention(width, heads=cross_heads, levels=levels, points=points)
         self.norm2 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, ffn_width)
-        self.linear2 = nn.Linear(ffn_width, width)
+        self.linear1 = Linear(width, ffn_width)
+        self.linear2 = Linear(ffn_width, width)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: Memory, groups: int) -> Tensor:
         x = self.norm1(x + self.self_attn(x, position, groups))
         crossed = self.cross_attn(x + position, references, memory.tokens, memory.shapes, memory.mask)
         x = self.norm2(x + crossed)
-        return self.norm3(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
+        return self.norm3(x + self.linear2(self.linear1.relu(x)))
 
 
 class Decoder(nn.Module):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfdetr_core.models.linear import Linear
+
 
 class DeformableAttention(nn.Module):
     """Each query reads a few points of each level around its reference box.
@@ -22,10 +24,10 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, *, heads: int, levels: int, points: int) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        self.sampling_offsets = Linear(width, heads * levels * points * 2)
+        self.attention_weights = Linear(width, heads * levels * points)
+        self.value_proj = Linear(width, width)
+        self.output_proj = Linear(width, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -61,22 +63,25 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory)  # (B, N, D)
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0.0)
-        grid = self._locations(query, references) * 2.0 - 1.0  # (B, H, n, levels, P, 2) in [-1, 1]
+        grid = self._locations(query, references) * 2.0 - 1.0  # (B, H, levels, P, n, 2) in [-1, 1]
         weights = self.attention_weights(query).view(-1, n, heads, self.levels * points).softmax(-1)
 
         sampled = []
         cells = [h * w for h, w in shapes]
         for level, (level_value, (h, w)) in enumerate(zip(value.split(cells, dim=1), shapes, strict=True)):
             planes = level_value.transpose(1, 2).reshape(-1, level_value.shape[-1] // heads, h, w)  # (B*H, d, h, w)
-            points_of_level = grid[:, :, :, level].flatten(0, 1)  # (B*H, n, P, 2)
+            points_of_level = grid[:, :, level].flatten(0, 1)  # (B*H, P, n, 2)
             sampled.append(F.grid_sample(planes, points_of_level, padding_mode="zeros", align_corners=False))
-        values = sampled[0] if len(sampled) == 1 else torch.cat(sampled, dim=-1)  # (B*H, d, n, levels*P)
-        mixed = (values * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # (B*H, d, n)
+        values = sampled[0] if len(sampled) == 1 else torch.cat(sampled, dim=2)  # (B*H, d, levels*P, n)
+        mixed = (values * weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None]).sum(2)  # (B*H, d, n)
         return self.output_proj(mixed.view(-1, query.shape[-1], n).transpose(1, 2))
 
     def _locations(self, query: Tensor, references: Tensor) -> Tensor:
-        """Sampling points (B, H, n, levels, P, 2) as fractions of the level, x then y."""
+        """Sampling points (B, H, levels, P, n, 2) as fractions of the level, x then y.
+
+        The queries lie innermost: the sum over the few points then runs over whole rows.
+        """
         split = (-1, query.shape[1], self.heads, self.levels, self.points, 2)
-        offsets = self.sampling_offsets(query).view(split).transpose(1, 2)
-        boxes = references[:, None, :, :, None]  # (B, 1, n, levels or 1, 1, 4)
+        offsets = self.sampling_offsets(query).view(split).permute(0, 2, 3, 4, 1, 5)
+        boxes = references.transpose(1, 2)[:, None, :, None]  # (B, 1, levels or 1, 1, n, 4)
         return boxes[..., :2] + offsets * (boxes[..., 2:] * (0.5 / self.points))

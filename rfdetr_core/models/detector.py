@@ -18,6 +18,7 @@ from rfdetr_core.errors import ConfigError
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.decoder import MLP, Decoder
 from rfdetr_core.models.deformable_attention import DeformableAttention
+from rfdetr_core.models.linear import Linear
 from rfdetr_core.models.projector import SCALE_FACTORS, Projector
 from rfdetr_core.models.transformer import Transformer, flatten_levels
 from rfdetr_core.models.vit import WindowedViT
@@ -99,7 +100,7 @@ class RFDETR(nn.Module):
             box_head=None if config.lite_refpoint_refine else box_head,
         )
         self.transformer = Transformer(width, num_logits, config.group_detr, decoder, two_stage=config.two_stage)
-        self.class_embed = nn.Linear(width, num_logits)
+        self.class_embed = Linear(width, num_logits)
         self.bbox_embed = box_head
         self.refpoint_embed = nn.Embedding(config.num_queries * config.group_detr, 4)
         self.query_feat = nn.Embedding(config.num_queries * config.group_detr, width)

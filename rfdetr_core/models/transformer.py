@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.decoder import MLP, Decoder, Memory
+from rfdetr_core.models.linear import linear
 
 _ANCHOR_SIDE = 0.05  # of the image, at the first level; doubles per level
 _EDGE = 0.01  # proposals that come closer to 0 or 1 than this are not used
@@ -146,7 +147,7 @@ class _GroupHeads:
         """Highest class logit of each token (B, N, D) per group: (G, B, N)."""
         weight, bias = self.output
         batch, count = tokens.shape[:2]
-        z = F.linear(tokens.flatten(0, 1), weight.flatten(0, 1), bias.flatten()).view(-1, *bias.shape)
+        z = linear(tokens.flatten(0, 1), weight.flatten(0, 1), bias.flatten()).view(-1, *bias.shape)
         gamma, beta = self.norm
         z = torch.addcmul(beta, F.layer_norm(z, (self.width,), eps=_NORM_EPS), gamma)  # (B*N, G, D)
         return _linear(z.transpose(0, 1), self.classes).amax(-1).view(-1, batch, count)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rfdetr_core.models.linear import Linear, linear
+
 _NORM_EPS = 1e-6
 
 
@@ -72,7 +74,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Separate query, key and value projections, as in the published state dict."""
+    """Query, key and value projections, separate as in the published state dict, computed as one product."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -82,8 +84,9 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
-        q, k, v = (part(x).view(split).transpose(1, 2) for part in (self.query, self.key, self.value))
+        parts = (self.query, self.key, self.value)
+        qkv = linear(x, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, heads, T, width)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -92,7 +95,7 @@ class AttentionOutput(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense(x)
@@ -115,11 +118,11 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1.gelu(x))
 
 
 class LayerScale(nn.Module):
