@@ -7,7 +7,6 @@ model spec 7.3.
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 
 import torch
@@ -20,13 +19,12 @@ from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.weight_file import WeightFile, architecture_of, read_weight_file, variant_of
 from rfdetr_core.models.weights import TrainedModel, load_pretrained
 from rfdetr_core.training import checkpoint
+from rfdetr_core.training.state import tell
 
 FROM_ELSEWHERE = "pretrained"
 """`TrainedModel.source` of weights that no training of ours made; their epoch is -1."""
 
 _SPARE = "__background__"  # what some files call the head's last column
-
-log = logging.getLogger(__name__)
 
 
 def read_detector(path: Path) -> TrainedModel:
@@ -87,8 +85,7 @@ def refuse_another_variant(file: WeightFile, section: ModelSection) -> None:
 
 def _built(file: WeightFile, config: ModelConfig) -> TrainedModel:
     module = RFDETR(config)
-    for line in load_pretrained(module, file).lines():
-        log.info("%s", line)
+    tell(load_pretrained(module, file))
     names = class_names_of(file, config.num_classes)
     return TrainedModel(module.eval(), config, names, FROM_ELSEWHERE, -1, checkpoint.sha256_of(file.path))
 

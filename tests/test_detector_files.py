@@ -131,6 +131,16 @@ class TestBeginFrom:
         assert "class heads have 4 rows in the file and 6 in the model" in caplog.text
         assert (grown.config.num_classes, grown.class_names) == (5, OWN)
 
+    @pytest.mark.parametrize("lost", [None, "transformer.decoder.norm.weight"])
+    def test_what_is_lacking_is_a_warning(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: str | None
+    ) -> None:
+        state = tiny_model().state_dict()
+        torch.save({"model": {key: value for key, value in state.items() if key != lost}}, tmp_path / "w.pth")
+        begin_from(read_weight_file(tmp_path / "w.pth"), ModelSection.parse(tiny.MODEL))
+        told = f"1 tensor ({lost}) not in the file: left at initial values"
+        assert (told in caplog.text) is (lost is not None)
+
     @staticmethod
     def trained(module: RFDETR) -> TrainedModel:
         return TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64)

@@ -17,7 +17,7 @@ from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.models.weight_file import WeightFile
-from rfdetr_core.models.weights import load_pretrained
+from rfdetr_core.models.weights import LoadReport, load_pretrained
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source
 from rfdetr_core.training.early_stopping import EarlyStopping
@@ -106,9 +106,15 @@ def load_start_weights(job: TrainingJob, engine: Engine, position: Position) -> 
     report = load_pretrained(engine.raw_model, job.start_weights())
     if engine.ema is not None:
         engine.ema.module.load_state_dict(engine.raw_model.state_dict())
-    for line in report.lines():
-        log.info("%s", line)
+    tell(report)
     position.start = report.to_json()
+
+
+def tell(report: LoadReport) -> None:
+    """Log what became of a weight file: as a warning where something is left out or stays as it was drawn."""
+    level = logging.WARNING if report.missing or report.unexpected else logging.INFO
+    for line in report.lines():
+        log.log(level, "%s", line)
 
 
 def restore(content: Mapping[str, Any], engine: Engine, stopping: EarlyStopping, position: Position) -> None:

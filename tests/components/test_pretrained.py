@@ -20,9 +20,13 @@ from rfdetr_core.config import ModelSection
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.published import PublishedFile
+from rfdetr_core.storage import Location
 from rfdetr_core.training import checkpoint
 from tests.models.golden import fill_w1
+from tests.s3_server import s3_root, s3_server
 from tests.training import tiny
+
+__all__ = ["s3_root", "s3_server"]
 
 ARCHITECTURE = {name: value for name, value in tiny.MODEL.items() if name != "num_classes"}
 
@@ -100,6 +104,23 @@ def test_they_are_recorded_and_training_begins_with_them(run: Run, file: Path) -
     torch.testing.assert_close(found["class_embed.weight"], start["class_embed.weight"][:4])
     report = run.json("train/weights.json")
     assert (report["md5"], report["class_rows"]) == (seen["md5"], [6, 4])
+
+
+def test_they_may_lie_in_s3(
+    run: Run, file: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RF_HOME", str(run.folder / "cache"))
+    root: Location = request.getfixturevalue("s3_root")
+    (root / "start.pth").upload_file(file)
+    uri = f"{root.uri}/start.pth"
+    assert run.start(uri) == 0
+    assert (run.json("dataset/weights.json")["uri"], run.json("dataset/weights.json")["size"]) == (
+        uri,
+        file.stat().st_size,
+    )
+    assert run.go_on() == 0
+    assert run.json("train/weights.json")["md5"] == run.json("dataset/weights.json")["md5"]
+    assert not (run.folder / "cache").exists()  # stages keep what they copy in their scratch folder
 
 
 def test_without_any_nothing_is_recorded(run: Run) -> None:
