@@ -28,6 +28,7 @@ FLOAT32: dict[str, float] = {
     "norms": 1e-2,
     "gradients": 5e-3,
     "sums": 1e-5,
+    "order": 2e-5,  # between the scores of the chosen tokens and the best scores
     "equal": 0.0,
 }
 """The largest deviation that is allowed, by kind; `_MEASURES` says how each is measured."""

@@ -87,7 +87,6 @@ LEFT_OUT: dict[str, tuple[tuple[str, str], ...]] = {
     "divides losses that are compared": (("*.json", "*/train_num_boxes_*"), ("*.json", "*num_boxes")),
     "says how far apart scores are": (("*.json", "*_min_topk_gap"),),
     "masked tokens tie, in any order": (("tiny_padded.npz", "*.topk_indices"),),
-    "scores 3e-6 apart": (("full_nano_padded_eval.npz", "eval.topk_indices"),),
     "references of two coordinates, where RF-DETR has boxes": (
         ("units.npz", "msdeform.ref2.*"),
         ("units.npz", "sine.embed2_dim8"),
