@@ -1,19 +1,10 @@
-"""Weight files as others write them, read without executing anything in them (model spec 7.2).
-
-Every file is read with `weights_only=True`, where a pickle can name classes and call only those that are
-allowed. Classes of a file's metadata that this program does not know are allowed by name, and each name
-stands for `Inert`: it takes what it is given, keeps it as data, imports nothing and calls nothing.
-"""
+"""Weight files as others write them (model spec 7.2), and what they are files of."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import re
-import types
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +15,13 @@ from torch import Tensor
 
 from rfdetr_core.config import ENCODERS, VARIANTS, ModelConfig
 from rfdetr_core.errors import CheckpointError
+from rfdetr_core.models.inert_pickle import AGAIN, Plain, kind_of, load_inert, shape_text, shown
 
 ENCODER = "backbone.0.encoder.encoder."
 POSITIONS = ENCODER + "embeddings.position_embeddings"
 PATCHES = ENCODER + "embeddings.patch_embeddings.projection.weight"
 DECODER_LAYERS = "transformer.decoder.layers."
 
-_NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")
-_KNOWN = {*_NAMESPACES, "collections.defaultdict"}
-_AGAIN = "download it again, or give another file"
 # Tested in this order: a name that holds "seg-large" holds "large" as well (spec 7.3, last rule).
 _NAME_PARTS = (
     *(f"seg-{size}" for size in ("2xlarge", "xxlarge", "xlarge", "large", "medium", "small", "nano", "preview")),
@@ -77,23 +66,6 @@ class WeightFile:
         return len(self.state["class_embed.bias"]) - 1
 
 
-class Inert:
-    """Stands for any class of a file's metadata: keeps the state that it is given, and does nothing."""
-
-    dotted = ""
-
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.kept: dict[Any, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        # In a dict of its own: no name in the file can become an attribute of this object.
-        parts = state if isinstance(state, tuple) else (state,)
-        self.kept = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
-
-
 def read_weight_file(path: Path) -> WeightFile:
     """Read a weight file of upstream (spec 7.2), of ours, or a bare state dict.
 
@@ -101,18 +73,17 @@ def read_weight_file(path: Path) -> WeightFile:
         CheckpointError: absent, not a weight file, damaged, holds code, values that are not finite, or no detector.
     """
     path = Path(path)
-    _recognise(path)
-    content, stubs = _load(path)
+    content, stubs = load_inert(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {_kind(content)}, and no weights", hint=_AGAIN)
+        raise CheckpointError(f"{path}: holds {kind_of(content)}, and no weights", hint=AGAIN)
     try:
-        plain = _Plain()
+        plain = Plain()
         args = plain.mapping(content.get("args")) or plain.mapping(content.get("hyper_parameters"))
         model_config = plain.mapping(content.get("model_config"))
         model_name = content.get("model_name")
         names = _class_names(args, plain.of(content.get("classes")))
     except RecursionError as error:
-        raise CheckpointError(f"{path}: its metadata is nested without end", hint=_AGAIN) from error
+        raise CheckpointError(f"{path}: its metadata is nested without end", hint=AGAIN) from error
     state = _checked(_state(content, path), path)
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -127,103 +98,6 @@ def read_weight_file(path: Path) -> WeightFile:
         md5=md5,
         notes=tuple(_notes(content)),
     )
-
-
-def shown(text: str) -> str:
-    """A name out of a file, so that it can stand in a one-line message."""
-    plain = ascii(text)[1:-1]
-    return plain if len(plain) <= 150 else plain[:150] + "..."
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    """'256 x 3 x 16 x 16'; 'a scalar' for none."""
-    return " x ".join(map(str, shape)) or "a scalar"
-
-
-# Opening
-
-
-def _recognise(path: Path) -> None:
-    """Say early, and in words, what is no weight file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check the path") from error
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty", hint=_AGAIN)
-    if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path}: the file is cut off or damaged: its end is missing", hint=_AGAIN)
-    elif head[0] != 0x80:  # what a pickle starts with, as files of torch before 1.6 do
-        raise CheckpointError(f"{path}: not a weight file of PyTorch: it starts with {head!r}", hint=_AGAIN)
-
-
-def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """The content, and the names of unknown classes in it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
-            _verify(path)
-            unknown = _unknown_classes(path)
-            allowed: list[Any] = [
-                (type(ascii(name)[1:-1], (Inert,), {"dotted": name}), name) for name in (*_NAMESPACES, *unknown)
-            ]
-            with torch.serialization.safe_globals([*allowed, (_plain_dict, "collections.defaultdict")]):
-                return torch.load(path, map_location="cpu", weights_only=True), unknown
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged file shows as any of a dozen types, by where it is damaged
-        raise _unreadable(path, str(error) or type(error).__name__) from error
-
-
-def _verify(path: Path) -> None:
-    """Hold the records of a zip file against their checksums, which torch itself does not: 0.3 s per GB."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise CheckpointError(f"{path}: not a weight file of PyTorch: its records are compressed", hint=_AGAIN)
-        # All zero: written under torch.serialization.set_crc32_options(False).
-        if any(record.CRC for record in records) and (damaged := archive.testzip()) is not None:
-            raise CheckpointError(f"{path}: the file is damaged: {shown(damaged)} has another checksum", hint=_AGAIN)
-
-
-def _plain_dict(*_: Any) -> dict[Any, Any]:
-    """What a defaultdict becomes: its factory would be called later."""
-    return {}
-
-
-def _unreadable(path: Path, text: str) -> CheckpointError:
-    """What torch says, without its advice to trust the file."""
-    again = "save it again with the program that wrote it, its metadata as plain dicts"
-    if (found := re.search(r"GLOBAL (\S+) whose module", text)) is not None:
-        return CheckpointError(
-            f"{path}: refused: it asks to run {shown(found[1])}, which no weight file needs",
-            hint="do not use this file",
-        )
-    if (found := re.search(r"GLOBAL (\S+) was not an allowed", text)) is not None:
-        return CheckpointError(
-            f"{path}: refused: it needs {shown(found[1])}, and a file in the format before torch 1.6 "
-            "cannot be read without it",
-            hint=again,
-        )
-    if (found := re.search(rf"{re.escape(__name__)}\.([\w.]+)", text)) is not None:
-        return CheckpointError(f"{path}: refused: it holds a {found[1]} that cannot be read as plain data", hint=again)
-    reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
-    return CheckpointError(
-        f"{path}: not a readable weight file: {shown(re.sub(r'^.enforce fail at [^]]*.[. ]*', '', reason))}",
-        hint=_AGAIN,
-    )
-
-
-def _unknown_classes(path: Path) -> tuple[str, ...]:
-    """Dotted names; only zip files can tell, and in the older format nothing unknown is allowed."""
-    if not zipfile.is_zipfile(path):
-        return ()
-    found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return tuple(sorted(set(found) - _KNOWN))
 
 
 # Weights
@@ -242,10 +116,10 @@ def _state(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
         if not any(isinstance(value, Tensor) for value in content.values()):
             keys = ", ".join(shown(str(key)) for key in list(content)[:5]) or "no entry"
             raise CheckpointError(
-                f"{path}: no weights in it: neither 'model' nor 'state_dict', only {keys}", hint=_AGAIN
+                f"{path}: no weights in it: neither 'model' nor 'state_dict', only {keys}", hint=AGAIN
             )
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: its weights are {_kind(state)}, not a table of tensors", hint=_AGAIN)
+        raise CheckpointError(f"{path}: its weights are {kind_of(state)}, not a table of tensors", hint=AGAIN)
     for prefix in prefixes:
         state = _stripped(state, prefix, path)
     return state
@@ -254,7 +128,7 @@ def _state(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
 def _stripped(state: dict[Any, Any], prefix: str, path: Path) -> dict[Any, Any]:
     stripped = {key.removeprefix(prefix) if isinstance(key, str) else key: value for key, value in state.items()}
     if len(stripped) != len(state):
-        raise CheckpointError(f"{path}: has keys both with and without the prefix {prefix!r}", hint=_AGAIN)
+        raise CheckpointError(f"{path}: has keys both with and without the prefix {prefix!r}", hint=AGAIN)
     return stripped
 
 
@@ -263,10 +137,10 @@ def _checked(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     checked = {}
     for key, value in state.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{path}: a key of its weights is {_kind(key)}", hint=_AGAIN)
+            raise CheckpointError(f"{path}: a key of its weights is {kind_of(key)}", hint=AGAIN)
         where = f"{path}: {shown(key)}"
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{where} is {_kind(value)}, not a tensor", hint=_AGAIN)
+            raise CheckpointError(f"{where} is {kind_of(value)}, not a tensor", hint=AGAIN)
         if type(value) not in (Tensor, torch.nn.Parameter) or not _is_plain(value):
             raise CheckpointError(f"{where} is no plain tensor", hint="save it as a dense tensor")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -294,46 +168,13 @@ def _require_detector(state: dict[str, Tensor], path: Path) -> None:
     weight, bias = state.get("class_embed.weight"), state.get("class_embed.bias")
     if weight is None or bias is None:
         key = "class_embed.weight" if weight is None else "class_embed.bias"
-        raise CheckpointError(f"{path}: not the weights of an RF-DETR detector: no {key}", hint=_AGAIN)
+        raise CheckpointError(f"{path}: not the weights of an RF-DETR detector: no {key}", hint=AGAIN)
     if bias.dim() != 1 or len(bias) < 2 or weight.dim() != 2 or len(weight) != len(bias):
         found = f"{shape_text(tuple(weight.shape))} and {shape_text(tuple(bias.shape))}"
-        raise CheckpointError(f"{path}: class_embed is no class head: weight and bias are {found}", hint=_AGAIN)
+        raise CheckpointError(f"{path}: class_embed is no class head: weight and bias are {found}", hint=AGAIN)
 
 
 # Metadata
-
-
-class _Plain:
-    """Turns what was unpickled into dicts, lists, numbers and texts; what is neither becomes None.
-
-    Each container is converted once: a file can refer to one object a million times, or an object to itself.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[int, Any] = {}
-
-    def mapping(self, value: Any) -> dict[str, Any]:
-        plain = self.of(value)
-        return plain if isinstance(plain, dict) else {}
-
-    def of(self, value: Any) -> Any:
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        if isinstance(value, argparse.Namespace | types.SimpleNamespace):
-            value = vars(value)  # real ones arrive only where the host program allowed them
-        if isinstance(value, Inert):
-            value = value.kept or None
-        if isinstance(value, Mapping):
-            if id(value) not in self.known:
-                table = self.known[id(value)] = {}
-                table.update({key: self.of(entry) for key, entry in value.items() if isinstance(key, str)})
-            return self.known[id(value)]
-        if isinstance(value, list | tuple | set):
-            if id(value) not in self.known:
-                rows = self.known[id(value)] = []
-                rows.extend(self.of(entry) for entry in value)
-            return self.known[id(value)]
-        return None
 
 
 def _class_names(args: dict[str, Any], classes: Any) -> tuple[str, ...]:
@@ -350,13 +191,6 @@ def _notes(content: dict[Any, Any]) -> list[str]:
     if isinstance(content.get("ema_model"), dict) and "model" in content:
         return ["the file also holds averaged weights (ema_model): they are not used, model is"]
     return []
-
-
-def _kind(value: Any) -> str:
-    """What something is, for a message."""
-    if isinstance(value, Inert):
-        return f"an object of the unknown class {shown(value.dotted)}"
-    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 # What the file is

@@ -19,14 +19,13 @@ from torch import Tensor
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, ConfigError
 from rfdetr_core.models.detector import RFDETR
+from rfdetr_core.models.inert_pickle import shape_text, shown
 from rfdetr_core.models.weight_file import (
     DECODER_LAYERS,
     ENCODER,
     PATCHES,
     POSITIONS,
     WeightFile,
-    shape_text,
-    shown,
     variant_of,
 )
 

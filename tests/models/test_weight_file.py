@@ -352,8 +352,8 @@ def test_half_a_download(tmp_path: Path) -> None:
         ({**STATE, "class_embed.bias": torch.tensor(1.0)}, "no class head: weight and bias are 4 x 3 and a scalar"),
         ({"model": {**STATE, "class_embed.weight": torch.ones(5, 3)}}, "weight and bias are 5 x 3 and 4"),
         ({"class_embed.bias": torch.ones(1), "class_embed.weight": torch.ones(1, 3)}, "class_embed is no class head"),
-        ({"model": {**STATE, "x": 3}}, "x is a int, not a tensor"),
-        ({"model": {**STATE, 3: torch.ones(1)}}, "a key of its weights is a int"),
+        ({"model": {**STATE, "x": 3}}, "x is an int, not a tensor"),
+        ({"model": {**STATE, 3: torch.ones(1)}}, "a key of its weights is an int"),
         ({"model": {**STATE, "a\nb\x1b[31m": None}}, r"a\\nb\\x1b\[31m is nothing"),
         ({"model": {**STATE, "x": torch.ones(2, 2).to_sparse()}}, "x is no plain tensor"),
         ({"model": {**STATE, "x": torch.ones(2, device="meta")}}, "x is no plain tensor"),
@@ -391,6 +391,24 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("damaged")
     torch.save({"model": STATE, "args": argparse.Namespace(**ARGS, p=Path("/x"))}, folder / "whole.pth")
     return folder / "damaged.pth", (folder / "whole.pth").read_bytes()
+
+
+def test_an_end_that_contradicts_itself(small_file: tuple[Path, bytes]) -> None:
+    """Python's zipfile raises on it even when asked whether it is a zip file at all."""
+    path, whole = small_file
+    at = whole.rindex(b"PK\x06\x07") + 16  # number of disks
+    path.write_bytes(whole[:at] + b"\x02" + whole[at + 1 :])
+    with pytest.raises(CheckpointError, match="cut off or damaged"):
+        read_weight_file(path)
+
+
+def test_a_tensor_that_is_marked_as_a_folder(small_file: tuple[Path, bytes]) -> None:
+    """torch.load reads no bytes of it, and returns memory that nobody has written to."""
+    path, whole = small_file
+    at = whole.rindex(b"whole/data/1") - 46 + 38  # external attributes, in the central directory
+    path.write_bytes(whole[:at] + b"\x10" + whole[at + 1 :])
+    with pytest.raises(CheckpointError, match="the file is damaged: whole/data/1 is a folder"):
+        read_weight_file(path)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
