@@ -328,7 +328,7 @@ def _read(answer: Any) -> bytes:
         chunk: bytes = answer.read1(CHUNK)  # what is there: `read` would lose a chunk that is not whole
         return chunk
     except (OSError, http.client.HTTPException) as error:
-        raise _BrokenOffError(f"broke off ({type(error).__name__})") from None
+        raise _BrokenOffError(f"broke off: {_cause(error)}") from None
 
 
 @contextmanager
@@ -368,8 +368,14 @@ def _no_answer(url: str, error: Exception) -> Exception:
             hint="set SSL_CERT_FILE to the file with its certificate authority",
         )
     if isinstance(reason, OSError | http.client.HTTPException | str) and not isinstance(reason, http.client.InvalidURL):
-        return _BrokenOffError(f"cannot be reached ({type(reason).__name__})")
+        return _BrokenOffError(f"cannot be reached: {_cause(reason)}")
     return ConfigError("the address of the weights is not legal", hint=_LEGAL)
+
+
+def _cause(error: Exception | str) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
 def _shown(url: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,8 +28,10 @@ from rfdetr_core.models.published import PUBLISHED, PublishedFile
 from rfdetr_core.pretrained import cache_folder, fetch_weights, store_weights
 from rfdetr_core.storage import Location, location
 from tests.s3_server import s3_root, s3_server
+from tests.storage.faulty_server import Answer, faulty_server, hang_up, ok
+from tests.storage.test_s3_failures import certificate
 
-__all__ = ["s3_root", "s3_server"]
+__all__ = ["certificate", "s3_root", "s3_server"]
 
 DATA = bytes(range(256)) * 5000  # more than one chunk
 
@@ -264,7 +267,7 @@ def test_offline_says_what_to_put_where(cache: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageUnavailableError) as caught:
         fetch_weights(NAME, cache=cache)
-    assert "cannot be reached" in caught.value.message
+    assert caught.value.message.endswith("/x.pth: cannot be reached: Connection refused")
     assert caught.value.hint == (
         f"put {NAME} into {cache}, or bring it into the store with: rfdetr-pipeline weights put {NAME} --root s3://..."
     )
@@ -426,6 +429,47 @@ def test_a_redirection_away_from_http(target: str, web: WebServer, cache: Path) 
     with pytest.raises(StorageAccessError):
         fetched(web, cache)
     assert not any(not name.endswith(".part") for name in names(cache))
+
+
+def elsewhere(target: str) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        WebServer.refuse(handler, 302, Location=target)
+
+    return answer
+
+
+def test_encrypted_downloads(certificate: Path, web: WebServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with faulty_server(context) as server:
+        server.answers = [ok(DATA)]
+        url = f"{server.endpoint}/weights.pth"
+        with pytest.raises(StorageAccessError, match=r"the server's certificate is not trusted .*SSL_CERT_FILE"):
+            fetch_weights(url, cache=cache)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert fetch_weights(url, cache=cache).read_bytes() == DATA
+        # The way there was encrypted; what it leads to would not be.
+        server.answers = [elsewhere(f"{web.url}/weights.pth")]
+        with pytest.raises(StorageAccessError, match=r"leads to http://.*, which is not safe"):
+            fetch_weights(f"{server.endpoint}/other.pth", cache=cache)
+    assert web.requests == []
+
+
+def test_a_server_that_hangs_up_or_falls_silent(cache: Path, web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with faulty_server() as server:
+        server.answers = [hang_up]
+        with pytest.raises(StorageUnavailableError, match="cannot be reached: RemoteDisconnected"):
+            fetch_weights(f"{server.endpoint}/weights.pth", cache=cache)
+    silence = threading.Event()
+
+    def wait(handler: BaseHTTPRequestHandler) -> None:
+        silence.wait(5)
+
+    monkeypatch.setattr(pretrained, "TIMEOUT", 0.1)
+    web.send = wait  # type: ignore[method-assign]
+    with pytest.raises(StorageUnavailableError, match="cannot be reached: no answer in time"):
+        fetched(web, cache)
+    silence.set()
 
 
 def test_two_at_once_download_once(web: WebServer, cache: Path) -> None:
