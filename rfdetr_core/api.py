@@ -72,8 +72,8 @@ class RFDETR:
             raise ConfigError("RFDETR itself is no variant", hint=f"use {', '.join(k.__name__ for k in VARIANTS)}")
         if "variant" in architecture:
             raise ConfigError(f"{type(self).__name__} is the variant {self.variant}", hint="choose another class")
-        self._given = architecture  # by the user
-        self._known: dict[str, Any] = {}  # from a file
+        self._given = architecture
+        self._known: dict[str, Any] = {}  # from a file, or from earlier calls of train
         self._trained: TrainedModel | None = None
         section = self._architecture(architecture)
         self.config = section
@@ -94,10 +94,7 @@ class RFDETR:
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path}: is of the variant {kind.variant}", hint=f"use {kind.__name__}")
         model = kind()
-        fields = trained.config.model_dump(exclude={"variant", "num_classes", "pretrain_weights"})
-        if trained.config.num_select == ModelSection.parse({"variant": kind.variant}).num_select:
-            del fields["num_select"]  # the variant's own follows the classes
-        model._known = fields
+        model._known = trained.config.model_dump(exclude={"variant", "num_classes", "pretrain_weights"})
         model._use(trained)
         return model
 
@@ -128,7 +125,7 @@ class RFDETR:
         refuse_other_channels(section, "training")
         job = job_in_folder(section, train, self._start())
         result = train_detector(job)
-        self._given, self._known = architecture, {}
+        self._known = architecture
         self._use(checkpoint.load_trained(job.checkpoints / checkpoint.BEST_TOTAL), accelerator=train.accelerator)
         return result
 

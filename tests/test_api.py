@@ -405,6 +405,20 @@ class TestPretrained:
         report = json.loads((tmp_path / "out" / "weights.json").read_text())
         assert [change["key"].rpartition(".")[2] for change in report["resized"]] == ["position_embeddings"]
 
+    def test_the_resolution_of_each_training_stays_until_another_is_given(
+        self, weights: Path, coco: Path, tmp_path: Path
+    ) -> None:
+        architecture = {name: value for name, value in ARCHITECTURE.items() if name != "resolution"}
+        with pytest.warns(UserWarning, match="42 is not a multiple"):
+            rounded = RFDETRPico(pretrain_weights=weights, resolution=42, **architecture)
+        model = RFDETRPico.from_checkpoint(rounded.save(tmp_path / "rounded.pth"))
+        assert (model.config.resolution, model.config.requested_resolution) == (48, 42)
+        sides = []
+        for run, given in enumerate([{}, {"resolution": 32}, {}]):
+            model.train(dataset_dir=coco, output_dir=tmp_path / str(run), **SETTINGS, **given)
+            sides.append((model.config.resolution, model.config.positional_encoding_size))
+        assert sides == [(48, 6), (32, 4), (32, 4)]
+
     @pytest.mark.parametrize("data", [None, b"", b"no weights", b"PK\x03\x04cut off"])
     def test_what_cannot_be_used_is_told_in_one_line(self, tmp_path: Path, data: bytes | None) -> None:
         if data is not None:

@@ -83,6 +83,10 @@ class TestReadDetector:
         [
             ({"model_name": "RFDETRSegNano"}, r"is of the kind seg-nano \(known are pico, nano"),
             ({"model_config": {"resolution": 33}, "model_name": "RFDETRPico"}, "cannot be built: .*resolution"),
+            (
+                {"model_config": {"num_decoder_registers": 2}, "model_name": "RFDETRPico"},
+                "cannot be built: .*num_decoder_registers: 2 is not built yet",
+            ),
             ({}, "of no variant that this program knows"),
         ],
     )
@@ -117,6 +121,14 @@ class TestBeginFrom:
             CheckpointError, match=r"holds the weights of nano \(2 decoder layers\), the model is medium \(4\)"
         ):
             begin_from(file, ModelSection.parse({"variant": "medium"}))
+
+    def test_fewer_layers_of_the_same_variant_are_the_users_choice(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = tmp_path / "w.pth"
+        write_detector(self.trained(tiny_model()), path)
+        begin_from(read_weight_file(path), ModelSection.parse({**tiny.MODEL, "dec_layers": 1}))
+        assert "of the file without a place in the model: not used" in caplog.text
 
     def test_classes_are_the_files_unless_asked_for(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         path, module = tmp_path / "w.pth", tiny_model()

@@ -91,7 +91,6 @@ def published_sections(config: ModelConfig, class_names: Sequence[str]) -> dict[
     """What rfdetr 1.11 wants to know of `model`: the class, its architecture, the class names (model spec 7.2)."""
     fields = config.model_dump(mode="json")
     args = {name: fields[name] for name in ("num_classes", "num_queries", "group_detr", "patch_size", "resolution")}
-    args["segmentation_head"] = config.segmentation_head
     if tuple(class_names) != names_by_slot():  # without names, 91 slots are COCO's ids there as here
         args["class_names"] = list(class_names)
     return {

@@ -20,6 +20,7 @@ from rfdetr_core.config import ModelSection
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.published import PublishedFile
+from rfdetr_core.publication import MANIFEST
 from rfdetr_core.storage import Location
 from rfdetr_core.training import checkpoint
 from tests.models.golden import fill_w1
@@ -142,6 +143,36 @@ def test_other_content_under_the_same_uri_is_noticed(run: Run, file: Path) -> No
     before = run.json("status/train.json")["inputs"]
     assert run.go_on() == 0
     assert run.json("status/train.json")["inputs"] != before
+
+
+def test_a_continued_training_needs_them_no_more(run: Run, file: Path) -> None:
+    assert run.start(file) == 0
+    assert run.go_on() == 0
+    report = run.json("train/weights.json")
+    (run.place / "train" / MANIFEST).unlink()  # as if it had been interrupted
+    file.unlink()
+    assert run.go_on() == 0
+    assert run.json("train/weights.json") == report
+
+
+def test_others_and_another_architecture_are_looked_at_again(run: Run, file: Path) -> None:
+    def state(**model: Any) -> str:
+        assert run.start(other if model.pop("other", False) else file, **model) == 0
+        return str(run.json("status/validate_dataset.json")["state"])
+
+    other = shutil.copy(file, file.with_name("other.pth"))
+    assert [state(), state()] == ["succeeded", "already done"]
+    assert state(other=True) == "succeeded"
+    assert run.json("dataset/weights.json")["uri"] == str(other)
+    assert [state(), state(dec_layers=1), state(hidden_dim=16)] == ["succeeded"] * 3
+    assert state(hidden_dim=16, encoder="dinov2_windowed_small") == "succeeded"
+
+
+def test_another_variant_that_only_torch_can_see(run: Run, file: Path) -> None:
+    torch.save({**torch.load(file, weights_only=True), "model_name": "RFDETRNano"}, file)
+    assert run.start(file, dec_layers=1) == 0
+    assert run.go_on() == 2
+    assert "holds the weights of nano (2 decoder layers), the model is pico (1)" in run.error("train")
 
 
 def test_a_file_that_is_not_there(run: Run) -> None:
