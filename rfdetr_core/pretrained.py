@@ -253,7 +253,9 @@ def _download(url: str, path: Path, md5: str | None = None) -> None:
                     hint="try again; if it stays so, something on the way alters it",
                 )
             part.replace(path)
-            if _etag_file(part).exists():
+            if md5 is not None:
+                _etag_file(part).unlink(missing_ok=True)  # a published file has one version only
+            elif _etag_file(part).exists():
                 _etag_file(part).replace(_etag_file(path))
             log.info("downloaded %s in %.1f s", path, time.monotonic() - started)
 

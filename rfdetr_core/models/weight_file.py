@@ -188,9 +188,9 @@ def _class_names(args: dict[str, Any], classes: Any) -> tuple[str, ...]:
 
 
 def _notes(content: dict[Any, Any]) -> list[str]:
-    if isinstance(content.get("ema_model"), dict) and "model" in content:
-        return ["the file also holds averaged weights (ema_model): they are not used, model is"]
-    return []
+    used = "model" if "model" in content else "state_dict"
+    averaged = [key for key in ("ema_model", "legacy_ema_state_dict") if isinstance(content.get(key), dict)]
+    return [f"the file also holds averaged weights ({key}): they are not used, {used} is" for key in averaged]
 
 
 # What the file is

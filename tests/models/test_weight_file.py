@@ -126,6 +126,10 @@ def test_averaged_weights_are_mentioned_and_not_used(tmp_path: Path) -> None:
     file = read({"model": STATE, "ema_model": {key: value + 1.0 for key, value in STATE.items()}}, tmp_path)
     assert_is_state(file.state)
     assert file.notes == ("the file also holds averaged weights (ema_model): they are not used, model is",)
+    file = read({"state_dict": prefixed("model."), "legacy_ema_state_dict": {}}, tmp_path)
+    assert file.notes == (
+        "the file also holds averaged weights (legacy_ema_state_dict): they are not used, state_dict is",
+    )
 
 
 def test_metadata_becomes_plain_data_however_it_is_nested(tmp_path: Path) -> None:
