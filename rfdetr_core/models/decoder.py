@@ -28,12 +28,15 @@ class MLP(nn.Module):
     def __init__(self, width_in: int, hidden: int, width_out: int, depth: int) -> None:
         super().__init__()
         widths = [width_in, *[hidden] * (depth - 1), width_out]
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(
+            Linear(a, b, activation="none" if number == depth else "relu")
+            for number, (a, b) in enumerate(pairwise(widths), start=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = layer.relu(x)
-        return self.layers[-1](x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class Memory(NamedTuple):
@@ -93,7 +96,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.cross_attn = DeformableAttention(width, heads=cross_heads, levels=levels, points=points)
         self.norm2 = nn.LayerNorm(width)
-        self.linear1 = Linear(width, ffn_width)
+        self.linear1 = Linear(width, ffn_width, activation="relu")
         self.linear2 = Linear(ffn_width, width)
         self.norm3 = nn.LayerNorm(width)
 
@@ -101,7 +104,7 @@ class DecoderLayer(nn.Module):
         x = self.norm1(x + self.self_attn(x, position, groups))
         crossed = self.cross_attn(x + position, references, memory.tokens, memory.shapes, memory.mask)
         x = self.norm2(x + crossed)
-        return self.norm3(x + self.linear2(self.linear1.relu(x)))
+        return self.norm3(x + self.linear2(self.linear1(x)))
 
 
 class Decoder(nn.Module):

@@ -2,12 +2,14 @@
 
 PyTorch sends float32 products on a CPU to BLAS, copies the bias into the result beforehand and runs the activation
 over it afterwards. oneDNN does all three in one pass, and its kernels are as fast as MKL's on Intel and faster on other
-processors (docs/benchmarks.md). Everywhere else, and wherever a graph is recorded, `F.linear` does the work.
+processors (docs/benchmarks.md). In evaluation the weights are kept in oneDNN's own order. Everywhere else, and wherever
+a graph is recorded, `F.linear` does the work.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +22,68 @@ _MIN_ROWS = 8
 """Below so many rows the call itself is what costs."""
 
 
-class Linear(nn.Linear):
-    """`nn.Linear`: the same parameters, initial values and result."""
+class Kept:
+    """A tensor derived from parameters, kept for evaluation as long as they stay what they are."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._value: Tensor | None = None
+
+    def get(self, parameters: Sequence[Tensor], make: Callable[[], Tensor], *, of: Hashable = None) -> Tensor:
+        """`make()`, or what it returned last if neither `parameters` nor `of` have changed since.
+
+        Every operation in place raises a tensor's version, an optimizer's and an average's too; a module forgets when
+        it is moved, see `Linear`.
+        """
+        if any(parameter.is_inference() for parameter in parameters):  # these count no versions
+            return make()
+        key = (of, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        if self._value is None or key != self._key:
+            self._value, self._key = make().detach(), key
+        return self._value
+
+    def forget(self) -> None:
+        """Free it."""
+        self._key, self._value = None, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()  # a copied module has parameters of its own
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
+class KeepingModule(nn.Module):
+    """A module that keeps something in `kept` while it evaluates; training or moving it frees that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.kept.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.kept.forget()
+        applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+
+class Linear(nn.Linear, KeepingModule):
+    """`nn.Linear` and its activation: the same parameters, initial values and results."""
+
+    def __init__(self, width_in: int, width_out: int, *, activation: Activation = "none") -> None:
+        super().__init__(width_in, width_out)
+        self.activation: Activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-    def relu(self, x: Tensor) -> Tensor:
-        """The layer, then ReLU."""
-        return linear(x, self.weight, self.bias, "relu")
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """The layer, then the exact GELU."""
-        return linear(x, self.weight, self.bias, "gelu")
+        return linear_kept(self.kept, x, [self.weight], self.bias, self.activation)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
-    """x (..., in) times weight (out, in), plus bias (out,), then the activation: (..., out)."""
+    """x (..., in) times weight (out, in), plus bias (out,), then the activation (GELU: the exact one): (..., out)."""
     if not _suits_onednn(x, weight):
         return _activate(F.linear(x, weight, bias), activation)
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
@@ -46,17 +93,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     return _product_with_gradient(x, weight, bias, activation)
 
 
+def linear_kept(
+    kept: Kept, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, activation: Activation = "none"
+) -> Tensor:
+    """`linear` with the rows of all `weights`; without gradient their packed form is taken from `kept`."""
+    if torch.is_grad_enabled() or not _suits_onednn(x, weights[0]):
+        return linear(x, _rows(weights), bias, activation)
+    packed = kept.get(weights, lambda: _pack(_rows(weights), x))
+    return _product(x, packed, bias, activation)
+
+
+def _rows(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can do it, and nothing is being recorded that should hold standard operators."""
     return (
         x.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
         and x.numel() >= _MIN_ROWS * x.shape[-1]
         and _AVAILABLE
     )
+
+
+def _pack(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the order that is fastest to multiply with as many rows as `x` has; opaque."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1])
+    return packed
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:
@@ -74,7 +141,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
 
 
 def _product_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    result: Tensor = _Linear.apply(x, weight, bias, activation)  # type: ignore[no-untyped-call]
+    result: Tensor = _Linear.apply(x, weight, bias, activation)
     return result
 
 
@@ -89,7 +156,7 @@ class _Linear(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, result = ctx.saved_tensors
         if ctx.relu:
@@ -102,4 +169,6 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, rows.sum(0) if wants_bias else None, None
 
 
-_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_AVAILABLE = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)

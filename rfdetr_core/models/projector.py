@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfdetr_core.models.linear import linear
+
 _NORM_EPS = 1e-6
 _BOTTLENECKS = 3
 _SUBSAMPLED = 0.25
@@ -42,7 +44,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.kernel_size == (1, 1):
-            x = F.linear(x, self.conv.weight.flatten(1))
+            x = linear(x, self.conv.weight.flatten(1), None)
         else:
             x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         channels_last = isinstance(self.bn, nn.LayerNorm)

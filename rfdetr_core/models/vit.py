@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rfdetr_core.models.linear import Linear, linear
+from rfdetr_core.models.linear import KeepingModule, Linear, linear_kept
 
 _NORM_EPS = 1e-6
 
@@ -73,7 +73,7 @@ class Embeddings(nn.Module):
         return torch.cat([prefix.expand(windows.shape[0], -1, -1), windows], dim=1)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(KeepingModule):
     """Query, key and value projections, separate as in the published state dict, computed as one product."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -85,7 +85,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.query, self.key, self.value)
-        qkv = linear(x, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        weights, bias = [part.weight for part in parts], torch.cat([part.bias for part in parts])
+        qkv = linear_kept(self.kept, x, weights, bias)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, heads, T, width)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -118,11 +119,11 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, 4 * width)
+        self.fc1 = Linear(width, 4 * width, activation="gelu")
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1.gelu(x))
+        return self.fc2(self.fc1(x))
 
 
 class LayerScale(nn.Module):
