@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from rfdetr_core import RFDETR, RFDETRNano
 from rfdetr_core.coco_names import COCO_NAMES
@@ -101,11 +102,23 @@ def assert_detects_the_same(model: RFDETR, images: list[Path], expected: dict[st
     for found, peer in zip(model.predict(images, threshold=THRESHOLD), expected["images"], strict=True):
         # The head's spare columns stay in the package's result; ours has only what has a name.
         named = np.isin(peer["class_names"], [name for name in model.class_names if name])
-        assert len(found) == named.sum() >= 5
-        np.testing.assert_array_equal(found.class_ids, np.array(peer["class_ids"])[named])
-        np.testing.assert_array_equal(found.class_names, np.array(peer["class_names"])[named])
-        np.testing.assert_allclose(found.scores, np.array(peer["scores"])[named], atol=1e-4)
-        np.testing.assert_allclose(found.boxes, np.array(peer["boxes"])[named], atol=1e-2)
+        ours = (found.class_ids, np.array(found.class_names), found.scores, found.boxes)
+        theirs = tuple(np.array(peer[key])[named] for key in ("class_ids", "class_names", "scores", "boxes"))
+        same = np.logical_and.reduce(
+            [
+                ours[0][:, None] == theirs[0],
+                ours[1][:, None] == theirs[1],
+                np.abs(ours[2][:, None] - theirs[2]) <= 1e-4,
+                np.abs(ours[3][:, None] - theirs[3]).max(axis=2) <= 1e-2,
+            ]
+        )
+        rows, columns = linear_sum_assignment(same, maximize=True)
+        pairs = same[rows, columns]
+        # Rounding decides the order of equal scores, and so which of the last ones are among the selected.
+        lowest = max(ours[2].min(), theirs[2].min()) + 1e-4
+        for scores, paired in ((ours[2], rows[pairs]), (theirs[2], columns[pairs])):
+            assert set(np.flatnonzero(scores > lowest)) <= set(paired)
+        assert (ours[2] > lowest).sum() >= 5
 
 
 @pytest.mark.parametrize("how", ["RFDETRNano", "from_checkpoint"])
