@@ -78,6 +78,9 @@ class RFDETR:
         section = self._architecture(architecture)
         self.config = section
         if pretrain_weights is not None:
+            if not isinstance(pretrain_weights, (str, os.PathLike)):
+                kind = type(pretrain_weights).__name__
+                raise ConfigError(f"pretrain_weights: {kind} is no source of weights", hint="give a path, name or URI")
             self._use(begin_from(read_weight_file(fetch_weights(pretrain_weights)), section))
 
     @classmethod

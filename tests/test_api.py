@@ -530,6 +530,7 @@ class TestRefusals:
             ({"resolutoin": 64}, r"RFDETRPico\(\): resolutoin: unknown field; did you mean resolution\?"),
             ({"resolution": 33}, r"RFDETRPico\(\): resolution: 33 is not allowed"),
             ({"variant": "nano"}, r"RFDETRPico is the variant pico"),
+            ({"pretrain_weights": True}, r"pretrain_weights: bool is no source of weights"),
             ({"segmentation_head": True}, r"model\.segmentation_head: true is not built yet"),
         ],
     )

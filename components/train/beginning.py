@@ -1,0 +1,67 @@
+"""What a training begins with: the checkpoints of an interrupted attempt, else pretrained weights, if there are any."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.runtime import StageContext
+from rfdetr_core.errors import CheckpointError
+from rfdetr_core.publication import unpublish
+from rfdetr_core.storage import Location
+
+if TYPE_CHECKING:
+    from rfdetr_core.models.weight_file import WeightFile
+
+log = logging.getLogger("stage.train")
+
+
+def fetch_checkpoints(context: StageContext, remote: Location, local: Path) -> bool:
+    """Take over what an interrupted attempt left, if it trained the same; remove it otherwise.
+
+    Returns whether there is something to continue.
+    """
+    from rfdetr_core.training import checkpoint
+
+    local.mkdir()
+    if not remote.list_files():
+        return False
+    if (remote / checkpoint.LATEST).exists():
+        remote.download_tree(local)
+        if checkpoint.load(local / checkpoint.LATEST).get("inputs") == context.inputs:
+            log.info("found the checkpoints of an interrupted attempt")
+            return True
+        log.info("the checkpoints found are of another configuration or dataset: training starts anew")
+    unpublish(context.target())
+    remote.delete_tree()
+    shutil.rmtree(local)
+    local.mkdir()
+    return False
+
+
+def start_weights(context: StageContext) -> Callable[[], WeightFile] | None:
+    """The pretrained weights, which are read when the model is there."""
+    from rfdetr_core.detector_files import refuse_another_variant
+    from rfdetr_core.models.weight_file import read_weight_file
+    from rfdetr_core.pretrained import fetch_weights
+
+    model = context.config.model
+    if model.pretrain_weights is None:
+        return None
+    path = fetch_weights(model.pretrain_weights, cache=context.work / "weights")
+    seen = context.read_result("dataset", "weights.json")
+
+    def read() -> WeightFile:
+        file = read_weight_file(path)
+        if file.md5 != seen["md5"]:
+            raise CheckpointError(
+                f"{model.pretrain_weights}: its content has changed since validate_dataset looked at it",
+                hint="start a new run, or run validate_dataset again with --force",
+            )
+        refuse_another_variant(file, model)
+        return file
+
+    return read
