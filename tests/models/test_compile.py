@@ -1,0 +1,81 @@
+"""torch.compile of the whole model: one graph without a break, at fixed and at changing sizes, equal to eager."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from rfdetr_core.config import ModelConfig
+from rfdetr_core.models.detector import RFDETR
+from tests.models import golden
+
+# Half the blocks of nano: it compiles in half the time.
+PICO: dict[str, Any] = {
+    **golden.TINY,
+    "variant": "pico",
+    "resolution": 64,
+    "dec_layers": 2,
+}
+SIZES = [64, 48, 80, 96]  # the positional table is 64's
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler: none is installed")
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def pico() -> RFDETR:
+    model = RFDETR(ModelConfig(**PICO))
+    golden.fill_w1(model)
+    return model
+
+
+def assert_equal_to_eager(model: RFDETR, backend: str, sizes: list[int], *, dynamic: bool) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    for size in sizes:
+        images = golden.gauss(size, (2, 3, size, size))
+        with torch.no_grad():
+            found, expected = compiled(images), model(images)
+        assert_allclose(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=2e-5)
+        assert_allclose(found["pred_logits"], expected["pred_logits"], rtol=0, atol=1e-4)
+
+
+def test_one_size() -> None:
+    assert_equal_to_eager(pico().eval(), "aot_eager", SIZES[:1], dynamic=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True], ids=["a graph per size", "sizes left open"])
+def test_every_size_of_multi_scale(dynamic: bool) -> None:
+    assert_equal_to_eager(pico().eval(), "aot_eager", SIZES, dynamic=dynamic)
+
+
+@pytest.mark.slow
+def test_training_with_gradients() -> None:
+    model, images = pico().train(), golden.gauss(1, (2, 3, 64, 64))
+    gradients = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        outputs = call(images)
+        layers = [outputs, outputs["enc_outputs"], *outputs["aux_outputs"]]
+        sum(layer["pred_logits"].sum() + layer["pred_boxes"].sum() for layer in layers).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        scale = gradient.abs().max().item()
+        # The bias of the keys has no effect on the softmax: its gradient is rounding error around 0.
+        assert_allclose(gradients[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-5, err_msg=name)
+
+
+@COMPILER
+@pytest.mark.long
+def test_inductor() -> None:
+    assert_equal_to_eager(pico().eval(), "inductor", SIZES[:1], dynamic=False)
