@@ -75,10 +75,17 @@ def _recognise(path: Path, uri: str) -> None:
         head = file.read(4)
     if not head:
         raise CheckpointError(f"{uri}: the file is empty", hint="upload it again")
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+    if head.startswith(b"PK") and not _is_zip(path):
         raise CheckpointError(f"{uri}: the file is cut off or damaged: its end is missing", hint="upload it again")
     if not head.startswith((b"PK", b"\x80")):  # the second is a bare pickle, as torch wrote before 1.6
         raise CheckpointError(f"{uri}: not a weight file of PyTorch: it starts with {head!r}", hint="give another file")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # what follows its end record contradicts it
+        return False
 
 
 def _refuse_another_variant(published: str, uri: str, model: ModelSection) -> None:

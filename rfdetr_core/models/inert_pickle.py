@@ -31,12 +31,12 @@ class Inert:
     """Stands for any class of a file's metadata: keeps the state that it is given, and does nothing."""
 
     dotted = ""
+    kept: dict[Any, Any]
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.kept: dict[Any, Any] = {}
+        made = super().__new__(cls)
+        made.kept = {}  # here: a pickle makes objects without __init__, and an empty one is given no state either
+        return made
 
     def __setstate__(self, state: Any) -> None:
         # In a dict of its own: no name in the file can become an attribute of this object.

@@ -211,6 +211,15 @@ def test_a_whole_file_that_lost_its_end(tmp_path: Path, file: Path) -> None:
         weights.describe_weights(tmp_path / "w.pth", "w.pth", ModelSection.parse({}))
 
 
+def test_a_file_whose_end_contradicts_itself(run: Run, file: Path) -> None:
+    """Python's zipfile raises on it even when asked whether it is a zip file at all."""
+    whole = file.read_bytes()
+    at = whole.rindex(b"PK\x06\x07") + 16  # number of disks
+    file.write_bytes(whole[:at] + b"\x02" + whole[at + 1 :])
+    assert run.start(file) == 2
+    assert f"{file}: the file is cut off or damaged: its end is missing" in run.error("validate_dataset")
+
+
 class TestPublished:
     """A published file is known by its MD5, whatever its name."""
 

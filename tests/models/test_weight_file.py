@@ -147,6 +147,19 @@ def test_metadata_becomes_plain_data_however_it_is_nested(tmp_path: Path) -> Non
     assert 3 not in plain["loop"]
 
 
+class Empty:
+    """Pickled without any state."""
+
+
+@pytest.mark.parametrize("args", [argparse.Namespace(), types.SimpleNamespace(), Empty()])
+def test_empty_objects(args: Any, tmp_path: Path) -> None:
+    file = read({"model": STATE, "args": args}, tmp_path)
+    assert_is_state(file.state)
+    assert file.args == {}
+    nested = {"first": args, "rest": [args, 7]}
+    assert read({"model": STATE, "args": nested}, tmp_path).args == {"first": None, "rest": [None, 7]}
+
+
 def test_unknown_classes_are_named(tmp_path: Path) -> None:
     file = read({"model": STATE, "args": {"folder": Path("/data"), "epochs": 3}}, tmp_path)
     assert file.stubs == (f"{type(Path()).__module__}.{type(Path()).__name__}",)
