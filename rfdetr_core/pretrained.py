@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import logging
 import os
+import re
 import ssl
 import time
 import urllib.request
@@ -61,12 +62,18 @@ def fetch_weights(source: str | os.PathLike[str], *, cache: Path | None = None) 
         cache: folder of what is downloaded. Default: $RF_HOME, else $ROBOFLOW_HOME, else ~/.roboflow/models.
 
     Raises:
+        ConfigError: no legal source, or an address with a user name or password in it, which is not repeated.
         MissingObjectError: there is no such file; the message says where it was looked for.
         StorageAccessError: refused, or the cache folder cannot be written.
         CheckpointError: a published file arrived with another MD5 than the published one.
         StorageUnavailableError: the network failed; worth a retry.
     """
     text = os.fspath(source)
+    if re.match(r"[\w+.-]+:/{1,2}[^/?#]*@", text):
+        raise ConfigError(
+            "the address of the weights holds a user name or password, which would not be sent",
+            hint="download the file, and give its path",
+        )
     scheme = text.partition("://")[0].lower() if "://" in text else ""
     if scheme == "s3":
         return _from_s3(text, cache or cache_folder())
@@ -78,7 +85,7 @@ def fetch_weights(source: str | os.PathLike[str], *, cache: Path | None = None) 
         raise ConfigError(f"{text!r} is no source of weights", hint="give a path, a published name or an s3:// URI")
     if path.is_file():
         return _verified(path)
-    if Path(text).name != text:
+    if Path(text).name != text or path.is_dir():
         raise _missing(path)
     folder = cache or cache_folder()
     if (folder / text).is_file():
@@ -87,7 +94,7 @@ def fetch_weights(source: str | os.PathLike[str], *, cache: Path | None = None) 
         return _published(PUBLISHED[text], folder)
     raise MissingObjectError(
         f"{text}: neither in the current folder nor in {folder}, nor a published file",
-        hint=f"published are {', '.join(PUBLISHED)}",
+        hint=f"published are {', '.join(name for name in PUBLISHED if not re.search('seg|keypoint', name))}",
     )
 
 
@@ -139,6 +146,8 @@ def _verified(path: Path) -> Path:
 
 
 def _missing(path: Path) -> MissingObjectError:
+    if path.is_dir():
+        return MissingObjectError(f"{path}: is a folder", hint="give the path of a file in it")
     known = path.name in PUBLISHED
     hint = f"for the published file give its bare name, {path.name}" if known else "check the path"
     return MissingObjectError(f"{path}: no such file", hint=hint)
@@ -174,10 +183,12 @@ def _from_s3(uri: str, folder: Path) -> Path:
 def _from_web(url: str, folder: Path) -> Path:
     """Kept under the address, and asked for again only if the server names another version (ETag)."""
     try:
-        host, name = urlsplit(url).hostname, unquote(urlsplit(url).path).rpartition("/")[2]
-    except ValueError:
-        host = name = ""
-    if not host or not name or not is_printable(url + name):
+        parts = urlsplit(url)
+        name = unquote(parts.path).rpartition("/")[2]
+        legal = bool(parts.hostname and name) and parts.port != 0 and is_printable(url + name)
+    except ValueError:  # brackets that do not match, or a port that is no number
+        legal = False
+    if not legal:
         raise ConfigError("the address of the weights names no file", hint=_LEGAL)
     path = folder / "web" / _digest(url) / name
     if path.is_file() and _unchanged(url, path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import ssl
@@ -21,6 +22,7 @@ from rfdetr_core.errors import (
     CheckpointError,
     ConfigError,
     MissingObjectError,
+    RFDETRError,
     StorageAccessError,
     StorageUnavailableError,
 )
@@ -193,10 +195,21 @@ def test_a_missing_path(tmp_path: Path, cache: Path) -> None:
         fetch_weights(tmp_path / NAME, cache=cache)
 
 
+def test_a_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "models", "models"):
+        with pytest.raises(MissingObjectError, match=r"models: is a folder \(give the path of a file in it\)"):
+            fetch_weights(source, cache=cache)
+
+
 def test_a_name_that_nobody_publishes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingObjectError, match=rf"neither in the current folder nor in {cache}.*rf-detr-nano\.pth"):
+    with pytest.raises(
+        MissingObjectError, match=rf"neither in the current folder nor in {cache}.*rf-detr-nano\.pth"
+    ) as e:
         fetch_weights("rf-detr-mini.pth", cache=cache)
+    assert "seg" not in str(e.value) and "keypoint" not in str(e.value)  # they could not be loaded
 
 
 def test_a_file_of_the_cache_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,12 +518,52 @@ def test_another_protocol(cache: Path) -> None:
         fetch_weights("gs://bucket/weights.pth", cache=cache)
 
 
-def test_passwords_and_signatures_stay_out_of_messages(web: WebServer, cache: Path) -> None:
-    web.status = [404]
-    host = web.url.removeprefix("http://")
-    with pytest.raises(MissingObjectError) as caught:
-        fetch_weights(f"http://{host}/weights.pth?X-Amz-Signature=secret", cache=cache)
-    assert "secret" not in str(caught.value) and f"http://{host}/weights.pth" in str(caught.value)
+@pytest.mark.parametrize("status", [404, 403, 503])
+def test_signatures_stay_out_of_messages(
+    status: int, web: WebServer, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    web.status = [status] * 50
+    with pytest.raises(RFDETRError) as caught:
+        fetch_weights(f"{web.url}/weights.pth?X-Amz-Signature=secret", cache=cache)
+    assert f"{web.url}/weights.pth" in str(caught.value) and f"{web.url}/weights.pth" in caplog.text
+    assert "secret" not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret@HOST/weights.pth",
+        "https://user:secret@HOST/weights.pth?x=1#y",
+        "HTTP://secret@HOST/weights.pth",
+        "http://user:sec@ret@HOST/weights.pth",
+        "http://user:se/secret@HOST/weights.pth",
+        "https:/user:secret@HOST/weights.pth",
+        "http://user:secret@HOST",
+        "ftp://user:secret@HOST/weights.pth",
+        "s3://user:secret@bucket/weights.pth",
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(
+    url: str, web: WebServer, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(ConfigError, match="the address of the weights") as caught:
+        fetch_weights(url.replace("HOST", web.url.removeprefix("http://")), cache=cache)
+    assert not any(word in str(caught.value) + caplog.text for word in ("secret", "user:", "ret@"))
+    assert web.requests == [] and names(cache) == set()
+
+
+def test_a_password_in_a_redirection_is_not_repeated(web: WebServer, cache: Path) -> None:
+    web.redirect = "ftp://user:secret@127.0.0.1/weights.pth"
+    with pytest.raises(StorageAccessError, match=r"leads to ftp://127\.0\.0\.1/weights\.pth, which is not safe"):
+        fetched(web, cache)
+
+
+def test_an_at_sign_elsewhere_is_no_password(web: WebServer, cache: Path, tmp_path: Path) -> None:
+    assert fetch_weights(f"{web.url}/models@v1/weights@2.pth", cache=cache).read_bytes() == DATA
+    (tmp_path / "weights@2.pth").write_bytes(DATA)
+    assert fetch_weights(f"file://{tmp_path}/weights@2.pth", cache=cache) == tmp_path / "weights@2.pth"
 
 
 def test_a_cache_folder_that_cannot_be_made(web: WebServer, tmp_path: Path) -> None:
