@@ -113,6 +113,25 @@ class TestReadDetector:
         file = read_weight_file(tmp_path / "own.pth")  # what any other reader sees
         assert (file.class_names, file.model_name, file.num_classes) == (OWN, "RFDETRPico", 5)
 
+    @pytest.mark.parametrize(
+        "losses",
+        [
+            {"ia_bce_loss": False},
+            {"ia_bce_loss": False, "use_varifocal_loss": True},
+            {"ia_bce_loss": False, "use_position_supervised_loss": True, "sum_group_losses": True},
+        ],
+        ids=str,
+    )
+    def test_losses_stay_with_the_file(self, tmp_path: Path, losses: dict[str, bool]) -> None:
+        """In our own section: the published package's architecture has the first of them only."""
+        module = tiny_model(**losses)
+        write_detector(TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64), tmp_path / "own.pth")
+        config = read_detector(tmp_path / "own.pth").config
+        assert losses.items() <= config.model_dump().items() and config == module.config
+        published = read_weight_file(tmp_path / "own.pth").model_config
+        assert published["ia_bce_loss"] is False
+        assert not {"use_varifocal_loss", "use_position_supervised_loss", "sum_group_losses"} & published.keys()
+
 
 class TestBeginFrom:
     def test_another_number_of_layers_is_refused(self) -> None:

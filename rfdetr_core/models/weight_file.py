@@ -28,14 +28,16 @@ _NAME_PARTS = (
     "keypoint-preview",
     *("2xlarge", "xxlarge", "xlarge", "large-deprecated", "large", "medium", "small", "nano", "base", "pico"),
 )
+_LOSSES = ("ia_bce_loss", "use_position_supervised_loss", "use_varifocal_loss")
+"""Classification losses: the first that is true is used (spec 6.3), and the first is true by default."""
 _FROM_ARGS = {
     *("encoder", "hidden_dim", "patch_size", "num_windows", "out_feature_indexes", "projector_scale", "dec_layers"),
     *("sa_nheads", "ca_nheads", "dec_n_points", "dim_feedforward", "resolution", "positional_encoding_size"),
     *("num_queries", "num_select", "group_detr", "num_channels", "two_stage", "bbox_reparam"),
-    *("lite_refpoint_refine", "layer_norm", "ia_bce_loss", "segmentation_head", "mask_downsample_ratio"),
-    "num_decoder_registers",
+    *("lite_refpoint_refine", "layer_norm", "segmentation_head", "mask_downsample_ratio"),
+    *("num_decoder_registers", "sum_group_losses", *_LOSSES),
 }
-"""What shapes the network; further fields of old `args` say how somebody trained."""
+"""What shapes the network and its loss; further fields of old `args` say how somebody trained."""
 _NOT_RESTORED = {"variant", "device", "pretrain_weights", "requested_resolution", "backbone_lora", "num_classes"}
 
 
@@ -259,7 +261,8 @@ def architecture_of(file: WeightFile) -> dict[str, Any]:
         for key, value in file.model_config.items()
         if key in ModelConfig.model_fields and key not in _NOT_RESTORED and value is not None
     } or {key: value for key, value in file.args.items() if key in _FROM_ARGS and value is not None}
-    found = said | _from_shapes(file.state)
+    used = next((name for name in _LOSSES if said.get(name, name == _LOSSES[0])), None)
+    found = said | {name: False for name in _LOSSES if name in said and name != used} | _from_shapes(file.state)
     groups, queries = found.get("group_detr"), file.state.get("refpoint_embed.weight")
     if isinstance(groups, int) and groups > 0 and queries is not None and queries.dim() == 2:
         rows = queries.shape[0]

@@ -128,6 +128,16 @@ def test_our_file_loads_there(theirs: dict[str, Any], files: dict[str, Path], im
     assert_detects_the_same(model, images, theirs[f"ours by {how}"])
 
 
+def test_our_files_name_no_field_that_is_unknown_there() -> None:
+    in_peer(
+        "-c",
+        "import sys; from rfdetr.config import ModelConfig\n"
+        "unknown = set(sys.argv[1:]) - set(ModelConfig.model_fields)\n"
+        "assert not unknown, unknown",
+        *checkpoint.PUBLISHED_FIELDS,
+    )
+
+
 def test_a_published_file_of_own_classes_loads_here(
     theirs: dict[str, Any], files: dict[str, Path], images: list[Path]
 ) -> None:
