@@ -164,9 +164,18 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_x = _product(gradient, weight.t(), None, "none") if wants_x else None
-        # Here BLAS is as fast: the inner dimension is the rows, many times the sides of the result.
-        of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
+        of_weight = _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if wants_weight else None
         return of_x, of_weight, rows.sum(0) if wants_bias else None, None
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Gradient (M, out) transposed times x (M, in), where M is many times the sides of the result.
+
+    Of the two libraries oneDNN is a fifth faster if the result is wide, and slower otherwise.
+    """
+    if gradient.shape[1] < x.shape[1]:
+        return _product(gradient.t(), x.t(), None, "none")
+    return gradient.t() @ x
 
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
