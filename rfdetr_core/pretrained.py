@@ -161,7 +161,7 @@ def _published(file: PublishedFile, folder: Path) -> Path:
         _download(file.url, path, file.md5)
     except (StorageUnavailableError, StorageAccessError) as error:
         put = f"rfdetr-pipeline weights put {file.name} --root s3://..."
-        hint = f"put {file.name} into {folder}, or bring it into the store with: {put}"
+        hint = f"put {file.name} into {folder}, or, where there is internet, bring it into the store with: {put}"
         raise type(error)(error.message, hint=hint) from None
     return path
 

@@ -27,6 +27,7 @@ from rfdetr_core.errors import (
     ConfigError,
     DatasetError,
     ExportError,
+    MissingObjectError,
     StorageAccessError,
     UserError,
 )
@@ -528,15 +529,20 @@ class TestRefusals:
         ("keywords", "message"),
         [
             ({"resolutoin": 64}, r"RFDETRPico\(\): resolutoin: unknown field; did you mean resolution\?"),
-            ({"resolution": 33}, r"RFDETRPico\(\): resolution: 33 is not allowed"),
+            ({"resolution": 33}, r"RFDETRPico\(\): resolution: 33 is not allowed: must be .* \(use 32 or 48\)"),
+            (
+                {"pretrain_weights": "missing.pth"},
+                r"missing\.pth: neither in the current folder nor in .*, nor a published",
+            ),
             ({"variant": "nano"}, r"RFDETRPico is the variant pico"),
             ({"pretrain_weights": True}, r"pretrain_weights: bool is no source of weights"),
             ({"segmentation_head": True}, r"model\.segmentation_head: true is not built yet"),
         ],
     )
     def test_of_the_constructor(self, keywords: dict[str, Any], message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, MissingObjectError), match=message) as caught:
             RFDETRPico(**keywords)
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("keywords", "message"),

@@ -282,7 +282,8 @@ def test_offline_says_what_to_put_where(cache: Path, tmp_path: Path, monkeypatch
         fetch_weights(NAME, cache=cache)
     assert caught.value.message.endswith("/x.pth: cannot be reached: Connection refused")
     assert caught.value.hint == (
-        f"put {NAME} into {cache}, or bring it into the store with: rfdetr-pipeline weights put {NAME} --root s3://..."
+        f"put {NAME} into {cache}, or, where there is internet, bring it into the store with: "
+        f"rfdetr-pipeline weights put {NAME} --root s3://..."
     )
     assert "\n" not in str(caught.value)
 
