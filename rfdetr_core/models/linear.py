@@ -32,8 +32,8 @@ class Kept:
     def get(self, parameters: Sequence[Tensor], make: Callable[[], Tensor], *, of: Hashable = None) -> Tensor:
         """`make()`, or what it returned last if neither `parameters` nor `of` have changed since.
 
-        Every operation in place raises a tensor's version, an optimizer's and an average's too; a module forgets when
-        it is moved, see `Linear`.
+        An operation in place raises a tensor's version. What does not (fused optimizers, moving a module) makes its
+        module forget.
         """
         if any(parameter.is_inference() for parameter in parameters):  # these count no versions
             return make()
@@ -98,6 +98,7 @@ def linear_kept(
 ) -> Tensor:
     """`linear` with the rows of all `weights`; without gradient their packed form is taken from `kept`."""
     if torch.is_grad_enabled() or not _suits_onednn(x, weights[0]):
+        kept.forget()  # an optimizer may be next, and its fused kernels raise no version
         return linear(x, _rows(weights), bias, activation)
     packed = kept.get(weights, lambda: _pack(_rows(weights), x))
     return _product(x, packed, bias, activation)
