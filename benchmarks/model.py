@@ -50,6 +50,7 @@ class Case:
     device: str
     precision: str
     compiled: bool
+    allocator: str
 
     def title(self) -> str:
         """For the table."""
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             device=arguments.device,
                             precision=arguments.precision,
                             compiled=arguments.compile,
+                            allocator=arguments.allocator,
                         )
                         _run(case, arguments.repeats)
     return 0
@@ -170,6 +172,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="turns of each side")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--allocator",
+        default="stage",
+        choices=["stage", "system"],
+        help="stage: our training step keeps freed memory, as the train stage does; system: as glibc has it",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     return parser.parse_args(argv)
 

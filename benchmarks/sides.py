@@ -58,7 +58,12 @@ class Side:
         device: str,
         precision: str,
         compiled: bool,
+        allocator: str,
     ) -> None:
+        if side == "ours" and task == "train" and allocator == "stage":
+            from rfdetr_core.hardware import keep_freed_memory
+
+            keep_freed_memory()
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self.device = torch.device(device)
@@ -126,12 +131,10 @@ class Side:
 
 def _ours(variant: str, weights: str, *, export: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
     from rfdetr_core.config import ModelConfig
-    from rfdetr_core.hardware import keep_freed_memory
     from rfdetr_core.models.detector import RFDETR
     from rfdetr_core.training.criterion import Criterion
 
     del export  # our evaluation form is the one that is exported
-    keep_freed_memory()  # as our training does
     config = ModelConfig(variant=variant, num_classes=CLASSES)
     model = RFDETR(config)
     model.load_state_dict(torch.load(weights, weights_only=True))

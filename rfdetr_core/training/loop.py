@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rfdetr_core import hardware
 from rfdetr_core.data.loading import Batch, EpochSampler, LoaderSettings, eval_loader, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.data.scales import configured_scales
@@ -85,7 +84,6 @@ def train(
         Terminated: the stop was asked for; everything is resumable.
     """
     started = time.monotonic()
-    hardware.keep_freed_memory()
     config = job.train
 
     # ---- where to start -----------------------------------------------------------------------------------
