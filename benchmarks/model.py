@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +32,14 @@ import torch
 from benchmarks.sides import CLASSES
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.models.detector import RFDETR
+from rfdetr_core.models.linear import linear
 from tests.models.golden import fill_w1
 
 REFERENCE_PYTHON = Path(__file__).parents[1] / ".peer" / "bin" / "python"
 TURN_SECONDS = 0.5  # a turn is as many calls as fill this
 GIB = 2.0**30
+GFLOP = {"nano": 29.0, "small": 50.8, "medium": 64.6, "base": 77.9, "large": 94.4}
+"""Of an evaluation of one image (model spec 1.2)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the reference package is not installed (make peer)", file=sys.stderr)
         return 2
     print(f"{_processor()}, {os.cpu_count()} cores; torch {torch.__version__}, Python {platform.python_version()}")
-    header = ("case", "reference s", "ours s", "ratio min", "median", "max", "peak GiB ref", "ours", "max. difference")
+    if arguments.device == "cpu":
+        speeds = {threads: matrix_gflops(threads) for threads in arguments.threads}
+        print("float32 products of 2048^3:", *(f"{speed:.0f} GFLOP/s on {n} threads" for n, speed in speeds.items()))
+    else:
+        speeds = {}
+    header = (
+        "case",
+        "reference s",
+        "ours s",
+        "ratio min",
+        "median",
+        "max",
+        "peak GiB ref",
+        "ours",
+        "difference",
+        "of limit",
+    )
     print(f"{header[0]:<44}" + "".join(f"{name:>14}" for name in header[1:]))
     with tempfile.TemporaryDirectory() as folder:
         for variant in arguments.variants:
@@ -125,11 +146,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                             compiled=arguments.compile,
                             allocator=arguments.allocator,
                         )
-                        _run(case, arguments.repeats)
+                        _run(case, arguments.repeats, speeds.get(threads))
     return 0
 
 
-def _run(case: Case, repeats: int) -> None:
+def matrix_gflops(threads: int, side: int = 2048) -> float:
+    """What the processor can do: the best of a few matrix products, by the faster of the two libraries."""
+    torch.set_num_threads(threads)
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    best = math.inf
+    with torch.inference_mode():
+        for product in (lambda: a @ b, lambda: linear(a, b, None)):
+            for _ in range(6):
+                start = time.perf_counter()
+                product()
+                best = min(best, time.perf_counter() - start)
+    return 2.0 * side**3 / best / 1e9
+
+
+def _run(case: Case, repeats: int, gflops: float | None) -> None:
+    """Time one case; `gflops` is what the processor can do, for the share of it that our evaluation reaches."""
     with Child("ours", Path(sys.executable), case) as ours, Child("reference", REFERENCE_PYTHON, case) as reference:
         both = (reference, ours)
         pair = [child.ask(do="time", calls=2) for child in both]  # the first calls allocate, and compile
@@ -144,7 +180,10 @@ def _run(case: Case, repeats: int) -> None:
     medians = [statistics.median(times) for times in seconds]
     cells = [f"{m:.4f}" for m in medians] + [f"{f(ratios):.2f}" for f in (min, statistics.median, max)]
     cells += [f"{answer['peak'] / GIB:.2f}" for answer in pair]
-    print(f"{case.title():<44}" + "".join(f"{cell:>14}" for cell in [*cells, difference]), flush=True)
+    share = (
+        "" if case.task == "train" or not gflops else f"{GFLOP[case.variant] * case.batch / medians[1] / gflops:.0%}"
+    )
+    print(f"{case.title():<44}" + "".join(f"{cell:>14}" for cell in [*cells, difference, share]), flush=True)
 
 
 def _difference(case: Case, ours: Child, reference: Child, pair: Sequence[dict[str, float]]) -> str:
