@@ -94,9 +94,8 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
+        with self.process:  # closes the pipes, which ends the child
+            pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
