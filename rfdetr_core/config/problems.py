@@ -65,7 +65,7 @@ def show(value: object) -> str:
 
 def redact(text: str) -> str:
     """Hide the user part and the query of every URI in the text: both are where credentials stand."""
-    text = re.sub(r"(://)[^/@\s\"]*@", r"\1***@", text)
+    text = re.sub(r"(://)[^/\s\"]*@", r"\1***@", text)  # up to the last @: a password may hold one as it is
     return re.sub(r"(://[^\s\"?]*)\?[^\s\"]*", r"\1?***", text)
 
 

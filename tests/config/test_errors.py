@@ -57,6 +57,7 @@ def test_five_problems_are_spelled_out_and_the_rest_counted() -> None:
     [
         ({"dataset": {"uri": "https://user:hunter2@host/x"}}, "hunter2"),
         ({"dataset": {"uri": "s3://AKIA:hunter2@bucket/x"}}, "hunter2"),
+        ({"dataset": {"uri": "https://user:pass@hunter2@host/x"}}, "hunter2"),
         ({"dataset": {"uri": "https://host/x?X-Amz-Signature=hunter2"}}, "hunter2"),
         ({"notify": {"webhook_secret_env": "https://hooks.example/hunter2"}}, "hunter2"),
         ({"notify": {"webhook_url": "https://hooks.example/hunter2"}}, "hunter2"),
@@ -103,6 +104,10 @@ def test_redact() -> None:
     assert redact("see s3://a:b@c/d and https://e/f?g=h, then i@j?k") == (
         "see s3://***@c/d and https://e/f?*** then i@j?k"
     )
+
+
+def test_redact_hides_a_password_up_to_the_last_at_sign_before_the_path() -> None:
+    assert redact("https://me:a@b@c@host/models@v1/x") == "https://***@host/models@v1/x"
 
 
 def test_dotted() -> None:
