@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
-from rfdetr_core.errors import ConfigError, RFDETRError
+from rfdetr_core.errors import CheckpointError, ConfigError, RFDETRError
 from rfdetr_core.pretrained import fetch_weights, store_weights
 from rfdetr_core.storage import location
 
@@ -76,7 +76,7 @@ def compile_pipeline(
 
 @weights.command("put")
 def put_weights(
-    file: Annotated[str, typer.Argument(help="A path, the name of a published file, or an https:// address.")],
+    file: Annotated[str, typer.Argument(help="A path, the name of a published file, an https:// or s3:// address.")],
     root: Annotated[str | None, typer.Option("--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix.")] = None,
     debug: Annotated[bool, DEBUG] = False,  # main reads it
 ) -> None:
@@ -88,13 +88,16 @@ def put_weights(
     target = location(root)
     path = fetch_weights(file)
     content = read_weight_file(path)
+    variant = variant_of(content)
+    if variant is not None and variant not in VARIANTS:
+        raise CheckpointError(f"{path}: holds weights of the kind {variant}", hint=f"known are {', '.join(VARIANTS)}")
     place, sent = store_weights(path, content.md5, target)
     size = f"{path.stat().st_size / 1e6:.1f} MB"
     names = f": {', '.join(content.class_names)}" if content.class_names else ", without names"
     lines = [
         f"put {path.name} ({size}) into the store" if sent else f"{path.name} ({size}) is in the store already",
         f"model.pretrain_weights: {place.uri}",
-        f"variant: {_variant_text(variant_of(content))}",
+        f"variant: {variant or 'unknown: set model.variant yourself'}",
         f"classes: {content.num_classes}{names}",
         *(f"note: {note}" for note in content.notes),
     ]
@@ -102,12 +105,6 @@ def put_weights(
         lines.append(f"note: unknown classes in its metadata, never loaded: {', '.join(content.stubs)}")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-
-
-def _variant_text(variant: str | None) -> str:
-    if variant is None:
-        return "unknown: set model.variant yourself"
-    return variant if variant in VARIANTS else f"{variant}, which this program does not build"
 
 
 def _refuse_foreign_store(*uris: str) -> None:

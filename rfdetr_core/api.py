@@ -41,6 +41,7 @@ from rfdetr_core.models.weight_file import read_weight_file
 from rfdetr_core.models.weights import TrainedModel
 from rfdetr_core.prediction import Picture, Prediction, predict_pictures
 from rfdetr_core.pretrained import fetch_weights
+from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.engine import fabric_accelerator
 from rfdetr_core.training.folder import Start, dataset_in_folder, job_in_folder
@@ -87,12 +88,14 @@ class RFDETR:
     def from_checkpoint(cls, path: str | os.PathLike[str]) -> Self:
         """The detector of a checkpoint_best_*.pth file of ours, or of a file of the published package.
 
-        Architecture and class names are the file's. `RFDETR.from_checkpoint` chooses the class by itself.
+        `path` may be an s3:// or https:// address. Architecture and class names are the file's.
+        `RFDETR.from_checkpoint` chooses the class by itself.
 
         Raises:
             CheckpointError: the file cannot be read, is a checkpoint for resuming, or of another variant.
         """
-        trained = read_detector(Path(path).expanduser())
+        file = fetch_weights(path) if "://" in os.fspath(path) else Path(path).expanduser()
+        trained = read_detector(file)
         kind = next(kind for kind in VARIANTS if kind.variant == trained.config.variant)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path}: is of the variant {kind.variant}", hint=f"use {kind.__name__}")
@@ -195,12 +198,14 @@ class RFDETR:
 
         Raises:
             ConfigError: no weights yet, an unknown field or an illegal value.
-            ExportError: it cannot be written, or computes something else; then there is no file.
+            ExportError: it computes something else; then there is no file.
+            StorageAccessError: the folder cannot be made.
         """
         trained, config = self._weights(), ExportConfig.parse(settings, source="export()")
         refuse_other_channels(trained.config, "export")
         output = Path(output_dir).expanduser()
-        output.mkdir(parents=True, exist_ok=True)
+        with local_errors("write", output):
+            output.mkdir(parents=True, exist_ok=True)
         path = output / f"rfdetr-{self.variant}.onnx"
         side = trained.config.resolution
         images = [draw_image(np.random.default_rng(seed), side, 6)[0] for seed in range(config.parity_images)]

@@ -7,6 +7,7 @@ model spec 7.3.
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from rfdetr_core.models.weight_file import WeightFile, architecture_of, read_wei
 from rfdetr_core.models.weights import TrainedModel, load_pretrained
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.state import tell
+
+log = logging.getLogger(__name__)
 
 FROM_ELSEWHERE = "pretrained"
 """`TrainedModel.source` of weights that no training of ours made; their epoch is -1."""
@@ -75,11 +78,14 @@ def refuse_another_variant(file: WeightFile, section: ModelSection) -> None:
     """
     variant = variant_of(file)
     layers = architecture_of(file).get("dec_layers")
-    if variant not in (None, section.variant) and layers != section.dec_layers:
+    if layers == section.dec_layers or variant == section.variant:
+        return
+    own_depth = section.dec_layers == VARIANTS[section.variant]["dec_layers"]  # or another one, on purpose
+    if variant is not None or own_depth:
         raise CheckpointError(
-            f"{file.path}: holds the weights of {variant} ({layers} decoder layers), "
+            f"{file.path}: holds the weights of {variant or 'an unknown variant'} ({layers} decoder layers), "
             f"the model is {section.variant} ({section.dec_layers})",
-            hint=f"use weights of {section.variant}, or the variant {variant}",
+            hint=f"use weights of {section.variant}" + (f", or the variant {variant}" if variant else ""),
         )
 
 
@@ -87,6 +93,13 @@ def _built(file: WeightFile, config: ModelConfig) -> TrainedModel:
     module = RFDETR(config)
     tell(load_pretrained(module, file))
     names = class_names_of(file, config.num_classes)
+    if len(names) < config.num_classes:
+        log.warning(
+            "%s names %d of %d classes: detections of the others are left out",
+            file.path.name,
+            len(names),
+            config.num_classes,
+        )
     return TrainedModel(module.eval(), config, names, FROM_ELSEWHERE, -1, checkpoint.sha256_of(file.path))
 
 

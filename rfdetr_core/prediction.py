@@ -65,8 +65,8 @@ def predict_pictures(trained: TrainedModel, pictures: Sequence[Picture], thresho
         ConfigError: a threshold outside 0 to 1, or something that is no picture for this model.
         DatasetError: a picture cannot be read, has no pixels, or a tensor has values outside [0, 1].
     """
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold: {threshold} is not allowed", hint="use 0 to 1")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold: {threshold!r} is not allowed", hint="use 0 to 1")
     device = next(trained.module.parameters()).device
     found: list[Prediction] = []
     for start in range(0, len(pictures), AT_ONCE):

@@ -111,6 +111,10 @@ def cache_folder() -> Path:
     return path
 
 
+_STORED = re.compile(r"(?:^|/)weights/([0-9a-f]{32})/[^/]+$")
+"""Where `store_weights` puts files."""
+
+
 def store_weights(path: Path, md5: str, root: Location) -> tuple[Location, bool]:
     """Bring a weight file to `<root>/weights/<md5>/<file name>`, unless it is there in the same size.
 
@@ -177,7 +181,12 @@ def _from_s3(uri: str, folder: Path) -> Path:
     path = folder / "s3" / version / place.name
     if not path.is_file():
         place.download_file(path)
-    return path
+    if (named := _STORED.search(place.key)) is not None and (found := _md5(path)) != named[1]:
+        path.unlink()
+        raise CheckpointError(
+            f"{place.uri}: has MD5 {found}, and its address names another one", hint="bring it into the store again"
+        )
+    return _verified(path)
 
 
 def _from_web(url: str, folder: Path) -> Path:
@@ -191,10 +200,9 @@ def _from_web(url: str, folder: Path) -> Path:
     if not legal:
         raise ConfigError("the address of the weights names no file", hint=_LEGAL)
     path = folder / "web" / _digest(url) / name
-    if path.is_file() and _unchanged(url, path):
-        return path
-    _download(url, path)
-    return path
+    if not (path.is_file() and _unchanged(url, path)):
+        _download(url, path)
+    return _verified(path)
 
 
 def _unchanged(url: str, path: Path) -> bool:
@@ -252,7 +260,13 @@ def _download(url: str, path: Path, md5: str | None = None) -> None:
                 return
             started = time.monotonic()
             log.info("downloading %s", _shown(url))
-            _fetch(url, file, part)
+            try:
+                _fetch(url, file, part)
+            except BaseException:
+                if file.seek(0, os.SEEK_END) == 0:  # nothing to continue from
+                    part.unlink()
+                    _etag_file(part).unlink(missing_ok=True)
+                raise
             file.flush()
             os.fsync(file.fileno())
             found = _md5(part) if md5 is not None else None

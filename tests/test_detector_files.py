@@ -15,7 +15,7 @@ from rfdetr_core.config import ModelSection
 from rfdetr_core.detector_files import as_weight_file, begin_from, class_names_of, read_detector, write_detector
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.models.detector import RFDETR
-from rfdetr_core.models.weight_file import WeightFile, read_weight_file
+from rfdetr_core.models.weight_file import WeightFile, read_weight_file, variant_of
 from rfdetr_core.models.weights import TrainedModel
 from tests.models import golden
 from tests.training import tiny
@@ -141,6 +141,21 @@ class TestBeginFrom:
         ):
             begin_from(file, ModelSection.parse({"variant": "medium"}))
 
+    @pytest.mark.parametrize("resolution", [384, 320])  # at 320 its positional table is nobody's
+    def test_a_file_without_any_name_is_known_by_its_tensors(self, tmp_path: Path, resolution: int) -> None:
+        module = golden.build(variant="nano", num_classes=3, resolution=resolution)
+        torch.save({"model": module.state_dict()}, tmp_path / "own.pth")
+        assert variant_of(read_weight_file(tmp_path / "own.pth")) == "nano"
+        with pytest.raises(CheckpointError, match="the model is small"):
+            begin_from(read_weight_file(tmp_path / "own.pth"), ModelSection.parse({"variant": "small"}))
+
+    def test_layers_of_no_variant_are_refused_unless_wanted(self, tmp_path: Path) -> None:
+        torch.save({"model": tiny_model(dec_layers=3).state_dict()}, tmp_path / "own.pth")
+        file = read_weight_file(tmp_path / "own.pth")
+        with pytest.raises(CheckpointError, match=r"weights of an unknown variant \(3 decoder layers\)"):
+            begin_from(file, ModelSection.parse({**tiny.MODEL, "dec_layers": 2}))
+        assert len(begin_from(file, ModelSection.parse({**tiny.MODEL, "dec_layers": 3})).module.state_dict())
+
     def test_fewer_layers_of_the_same_variant_are_the_users_choice(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -161,6 +176,7 @@ class TestBeginFrom:
         assert torch.equal(grown.module.class_embed.weight, rows[[0, 1, 2, 3, 0, 1]])
         assert "class heads have 4 rows in the file and 6 in the model" in caplog.text
         assert (grown.config.num_classes, grown.class_names) == (5, OWN)
+        assert "w.pth names 3 of 5 classes: detections of the others are left out" in caplog.text
 
     @pytest.mark.parametrize("lost", [None, "transformer.decoder.norm.weight"])
     def test_what_is_lacking_is_a_warning(

@@ -267,3 +267,9 @@ class TestResult:
         np.testing.assert_allclose(detections.xyxy, result.boxes, rtol=1e-6)
         assert detections.class_id.tolist() == result.class_ids.tolist()
         assert tuple(detections["class_name"]) == result.class_names
+
+
+@pytest.mark.parametrize("threshold", ["0.5", None, True, float("nan"), -0.1])
+def test_what_is_no_threshold(trained: TrainedModel, threshold: Any) -> None:
+    with pytest.raises(ConfigError, match=r"threshold: .* is not allowed"):
+        predict_pictures(trained, [], threshold)

@@ -380,6 +380,7 @@ def test_a_file_that_is_not_there(status: int, web: WebServer, cache: Path) -> N
     with pytest.raises(MissingObjectError, match=rf"no such file \(status {status}\)"):
         fetched(web, cache)
     assert len(web.requests) == 1
+    assert not [file for file in cache.rglob("*") if file.is_file()]
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
@@ -614,3 +615,20 @@ def test_weights_are_put_into_the_store_once(store: str, request: pytest.Fixture
     place.write_bytes(DATA[:10])  # as only another program can leave it
     assert store_weights(path, md5, root) == (place, True)
     assert place.read_bytes() == DATA
+
+
+def test_weights_in_the_store_are_what_their_address_says(s3_root: Location, cache: Path) -> None:
+    data = b"some weights"
+    place = s3_root / f"weights/{hashlib.md5(data).hexdigest()}" / "own.pth"
+    place.write_bytes(data)
+    assert fetch_weights(place.uri, cache=cache).read_bytes() == data
+    place.write_bytes(b"other weights")
+    with pytest.raises(CheckpointError, match="its address names another one"):
+        fetch_weights(place.uri, cache=cache)
+    assert b"other weights" not in {file.read_bytes() for file in cache.rglob("*.pth")}
+
+
+def test_a_published_name_from_elsewhere_is_remarked_on(s3_root: Location, web: WebServer, cache: Path) -> None:
+    (s3_root / NAME).write_bytes(b"own weights")
+    with pytest.warns(UserWarning, match="is not the published file of that name"):
+        fetch_weights((s3_root / NAME).uri, cache=cache)

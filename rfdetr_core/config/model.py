@@ -106,6 +106,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _CLASSIFICATION_LOSSES = ("ia_bce_loss", "use_position_supervised_loss", "use_varifocal_loss")  # the first wins
 
 
+_MAX_SIDE = 4096
+"""Pixels. Six times the largest published size: beyond it a typing error is likelier than a wish."""
+
+
 class ModelSection(Config):
     """The `model` section: like ModelConfig, but the number of classes may be left to the dataset.
 
@@ -238,6 +242,13 @@ class ModelSection(Config):
         if self.resolution < 1 or self.resolution % self.block:
             rule = f"must be a multiple of patch_size x num_windows = {self.block}, or of 14"
             yield not_allowed("resolution", self.resolution, rule, nearest_resolutions(self.resolution, self.block))
+        if self.resolution > _MAX_SIDE:
+            yield not_allowed(
+                "resolution",
+                self.resolution,
+                f"must be at most {_MAX_SIDE} pixels",
+                _MAX_SIDE // self.block * self.block,
+            )
         requested = self.requested_resolution
         if requested is not None and (
             requested == self.resolution or legal_resolution(requested, self.block) != self.resolution

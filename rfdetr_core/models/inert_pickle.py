@@ -54,7 +54,7 @@ def load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
-            _verify(path)
+            verify_records(path)
             unknown = _unknown_classes(path)
             allowed: list[Any] = [
                 (type(ascii(name)[1:-1], (Inert,), {"dotted": name}), name) for name in (*_NAMESPACES, *unknown)
@@ -147,7 +147,7 @@ def _is_zip(path: Path) -> bool:
         return False
 
 
-def _verify(path: Path) -> None:
+def verify_records(path: Path) -> None:
     """Hold the records of a zip file against their checksums, which torch itself does not: 0.3 s per GB."""
     if not _is_zip(path):
         return

@@ -182,6 +182,8 @@ def _require_detector(state: dict[str, Tensor], path: Path) -> None:
 def _class_names(args: dict[str, Any], classes: Any) -> tuple[str, ...]:
     """`args.class_names`, or the class table of our own files."""
     names = args.get("class_names")
+    if isinstance(names, dict) and {str(key) for key in names} == {str(label) for label in range(len(names))}:
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
     if not names and isinstance(classes, list):
         names = [row.get("name") if isinstance(row, dict) else None for row in classes]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -215,18 +217,16 @@ def variant_of(file: WeightFile, name: str | None = None) -> str | None:
     named = _named_variant(file, name or file.path.name)
     if named is not None and (named not in VARIANTS or _resembles(file, named)):
         return named
-    alike = [
-        variant
-        for variant in VARIANTS
-        if _resembles(file, variant) and _grid(file) == ModelConfig.parse({"variant": variant}).positional_encoding_size
-    ]
+    alike = [variant for variant in VARIANTS if _resembles(file, variant)]
+    if len(alike) > 1:  # medium and large differ in resolution alone
+        alike = [v for v in alike if ModelConfig.parse({"variant": v}).positional_encoding_size == _grid(file)]
     return alike[0] if len(alike) == 1 else named
 
 
 def _named_variant(file: WeightFile, name: str) -> str | None:
     own = file.model_config.get("variant")
-    if own in VARIANTS:
-        return str(own)
+    if isinstance(own, str) and own in VARIANTS:
+        return own
     if file.model_name is not None and file.model_name.startswith("RFDETR"):
         words = re.sub(r"(?<=[a-z])(?=[A-Z0-9])", "-", file.model_name.removeprefix("RFDETR")).lower()
         if words in _NAME_PARTS:

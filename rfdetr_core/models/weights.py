@@ -56,6 +56,8 @@ def build_trained(content: dict[str, Any], path: Path, *, sha256: str) -> Traine
         config = ModelConfig.parse(content["model_config"])
         module = RFDETR(config)
         module.load_state_dict(content["model"])
+        if (broken := next((k for k, v in module.state_dict().items() if not v.isfinite().all()), None)) is not None:
+            raise ValueError(f"{broken} has values that are not finite")
         names = tuple(str(row["name"]) for row in content["classes"])
         trained = TrainedModel(module.eval(), config, names, str(content["source"]), int(content["epoch"]), sha256)
     except KeyError as error:
@@ -274,7 +276,8 @@ def _refuse_other_patches(fitting: _Fitting) -> None:
 
 def _variants(fitting: _Fitting) -> str:
     found = variant_of(fitting.file)
-    return f": the file is {found}, and {fitting.config.variant} was asked for" if found else ""
+    asked = fitting.config.variant
+    return f": the file is {found}, and {asked} was asked for" if found not in (None, asked) else ""
 
 
 def _fit_heads(fitting: _Fitting) -> None:

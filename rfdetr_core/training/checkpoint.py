@@ -28,6 +28,7 @@ from rfdetr_core import __version__
 from rfdetr_core.coco_names import names_by_slot
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, StorageAccessError
+from rfdetr_core.models.inert_pickle import verify_records
 from rfdetr_core.models.weights import TrainedModel, build_trained
 
 FORMAT_VERSION = 2
@@ -128,12 +129,15 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ours onto the CPU.
 
     Raises:
-        CheckpointError: absent, not a checkpoint, torn, or of another format version.
+        CheckpointError: absent, not a checkpoint, torn or altered, or of another format version.
     """
     try:
+        verify_records(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="train first") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # a torn file shows as any of a dozen types, by where it is torn
         reason = str(error).partition("\n")[0][:150] or type(error).__name__
         raise CheckpointError(

@@ -27,6 +27,7 @@ from rfdetr_core.data.splitting import fill_missing_splits
 from rfdetr_core.data.validation import Report, ValidSplit, validate
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.models.weight_file import WeightFile
+from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.batch_size import probe
 from rfdetr_core.training.loop import TrainingJob
@@ -96,7 +97,8 @@ def _validated(source: Path, report: Report) -> tuple[ClassMap, dict[str, ValidS
 def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> PreparedDataset:
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
-    output.mkdir(parents=True, exist_ok=True)
+    with local_errors("write", output):
+        output.mkdir(parents=True, exist_ok=True)
     report, document = Report(), None
     try:
         class_map, splits = _validated(source, report)

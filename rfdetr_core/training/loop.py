@@ -20,6 +20,7 @@ from rfdetr_core.errors import Terminated
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.inference import predict_split
 from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
+from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import metrics_log
 from rfdetr_core.training.checkpoint import LATEST, Source, periodic_name
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
@@ -87,8 +88,9 @@ def train(
     config = job.train
 
     # ---- where to start -----------------------------------------------------------------------------------
-    job.output.mkdir(parents=True, exist_ok=True)
-    job.checkpoints.mkdir(parents=True, exist_ok=True)
+    for folder in (job.output, job.checkpoints):
+        with local_errors("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
     content = resumable(job)
     position = start_position(content, config.seed)
     torch.manual_seed(position.seed)

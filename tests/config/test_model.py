@@ -271,3 +271,9 @@ def test_every_encoder_can_be_chosen() -> None:
 def test_every_field_is_explained(name: str) -> None:
     assert ModelSection.model_fields[name].description
     assert ModelConfig.model_fields[name].description
+
+
+def test_an_impossible_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be at most 4096 pixels"):
+        ModelConfig.parse({"variant": "nano", "resolution": 16_000_000})
+    assert ModelConfig(variant="nano", resolution=4096).resolution == 4096

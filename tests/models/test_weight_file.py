@@ -596,3 +596,15 @@ def test_the_loss_of_old_arguments(args: dict[str, Any], used: set[str]) -> None
 
 def test_every_variant_has_a_name_that_is_recognised() -> None:
     assert {variant_of(described(path=f"rf-detr-{variant}.pth")) for variant in VARIANTS} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("own", [["pico"], {"a": 1}, 3, None])
+def test_a_variant_that_is_no_text_is_no_variant(tmp_path: Path, own: Any) -> None:
+    torch.save({"model": golden.shared_tiny().state_dict(), "model_config": {"variant": own}}, tmp_path / "w.pth")
+    assert variant_of(read_weight_file(tmp_path / "w.pth")) == "small"  # by its tensors
+
+
+def test_class_names_by_number(tmp_path: Path) -> None:
+    args = {"class_names": {1: "bee", 0: "ant"}}
+    torch.save({"model": golden.shared_tiny().state_dict(), "args": args}, tmp_path / "w.pth")
+    assert read_weight_file(tmp_path / "w.pth").class_names == ("ant", "bee")

@@ -109,6 +109,19 @@ class TestLoad:
                 checkpoint.load(path)
             one_line(caught)
 
+    def test_one_wrong_bit_in_a_tensor(self, tmp_path: Path) -> None:
+        """torch itself would load it, and the detector would see something else."""
+        path = tmp_path / "checkpoint.pth"
+        values = torch.rand(64)
+        checkpoint.save({**CONTENT, "model": {"weight": values}}, path)
+        data = bytearray(path.read_bytes())
+        data[data.index(values.numpy().tobytes()) + 17] ^= 1
+        path.write_bytes(data)
+        assert torch.load(path, weights_only=True)
+        with pytest.raises(CheckpointError, match=r"the file is damaged: .* has another checksum") as caught:
+            checkpoint.load(path)
+        one_line(caught)
+
     @pytest.mark.parametrize("data", [b"not a checkpoint", b"PK\x03\x04" + bytes(200), bytes(1000), os.urandom(500)])
     def test_something_else(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "checkpoint.pth").write_bytes(data)
@@ -158,6 +171,14 @@ def weights(**changes: Any) -> dict[str, Any]:
 
 
 class TestLoadTrained:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite_are_refused(self, tmp_path: Path, value: float) -> None:
+        content = weights()
+        content["model"]["transformer.decoder.norm.weight"][3] = value
+        checkpoint.save(content, tmp_path / "best.pth")
+        with pytest.raises(CheckpointError, match=r"decoder\.norm\.weight has values that are not finite"):
+            checkpoint.load_trained(tmp_path / "best.pth")
+
     def test_gives_the_detector_of_the_file(self, tmp_path: Path) -> None:
         content = weights()
         checkpoint.save(content, tmp_path / "best.pth")
