@@ -90,7 +90,7 @@ class Plain:
         if isinstance(value, Mapping):
             if id(value) not in self.known:
                 table = self.known[id(value)] = {}
-                table.update({key: self.of(entry) for key, entry in value.items() if isinstance(key, str)})
+                table.update({str(key): self.of(entry) for key, entry in value.items() if isinstance(key, str | int)})
             return self.known[id(value)]
         if isinstance(value, list | tuple | set):
             if id(value) not in self.known:
