@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +87,10 @@ def put_weights(
     from rfdetr_core.models.weight_file import read_weight_file, variant_of  # torch takes seconds
 
     target = location(root)
-    path = fetch_weights(file)
-    content = read_weight_file(path)
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        path = fetch_weights(file)
+        content = read_weight_file(path)
     variant = variant_of(content)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"{path}: holds weights of the kind {variant}", hint=f"known are {', '.join(VARIANTS)}")
@@ -99,7 +102,7 @@ def put_weights(
         f"model.pretrain_weights: {place.uri}",
         f"variant: {variant or 'unknown: set model.variant yourself'}",
         f"classes: {content.num_classes}{names}",
-        *(f"note: {note}" for note in content.notes),
+        *(f"note: {note}" for note in (*(str(remark.message) for remark in remarks), *content.notes)),
     ]
     if content.stubs:
         lines.append(f"note: unknown classes in its metadata, never loaded: {', '.join(content.stubs)}")

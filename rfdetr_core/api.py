@@ -32,7 +32,7 @@ from rfdetr_core.config.unbuilt import refuse_other_channels
 from rfdetr_core.data.loading import LoaderSettings
 from rfdetr_core.data.sample import draw_image
 from rfdetr_core.detector_files import as_weight_file, begin_from, read_detector, write_detector
-from rfdetr_core.errors import CheckpointError, ConfigError
+from rfdetr_core.errors import CheckpointError, ConfigError, StorageAccessError
 from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.export.onnx import export_onnx
@@ -92,10 +92,12 @@ class RFDETR:
         `RFDETR.from_checkpoint` chooses the class by itself.
 
         Raises:
+            ConfigError: `path` is no path.
             CheckpointError: the file cannot be read, is a checkpoint for resuming, or of another variant.
+            StorageAccessError, StorageUnavailableError: it cannot be fetched.
         """
-        file = fetch_weights(path) if "://" in os.fspath(path) else Path(path).expanduser()
-        trained = read_detector(file)
+        file = _path(path, "path")
+        trained = read_detector(fetch_weights(path) if "://" in os.fspath(path) else file)
         kind = next(kind for kind in VARIANTS if kind.variant == trained.config.variant)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path}: is of the variant {kind.variant}", hint=f"use {kind.__name__}")
@@ -175,12 +177,12 @@ class RFDETR:
             ConfigError: no weights yet, or a value that is not legal.
             DatasetError: the dataset cannot be used, or has no such split.
         """
-        trained = self._weights()
+        trained, source = self._weights(), _path(dataset_dir, "dataset_dir")
         options = EvaluateConfig.parse({"split": split, "batch_size": batch_size}, source="evaluate()")
         loader = TrainConfig.parse({"eval_max_dets": eval_max_dets, "num_workers": num_workers}, source="evaluate()")
         refuse_other_channels(trained.config, "evaluation")
         with tempfile.TemporaryDirectory(prefix="rfdetr-evaluate-") as scratch:
-            dataset = dataset_in_folder(Path(dataset_dir).expanduser(), Path(scratch), options.split)
+            dataset = dataset_in_folder(source, Path(scratch), options.split)
             _tell_unmatched(trained.class_names, dataset.class_map.names)
             metrics, _ = evaluate_model(
                 trained,
@@ -199,17 +201,17 @@ class RFDETR:
         Raises:
             ConfigError: no weights yet, an unknown field or an illegal value.
             ExportError: it computes something else; then there is no file.
-            StorageAccessError: the folder cannot be made.
+            StorageAccessError: the folder cannot be made, or not written.
         """
         trained, config = self._weights(), ExportConfig.parse(settings, source="export()")
         refuse_other_channels(trained.config, "export")
-        output = Path(output_dir).expanduser()
+        output = _path(output_dir, "output_dir")
         with local_errors("write", output):
             output.mkdir(parents=True, exist_ok=True)
         path = output / f"rfdetr-{self.variant}.onnx"
         side = trained.config.resolution
         images = [draw_image(np.random.default_rng(seed), side, 6)[0] for seed in range(config.parity_images)]
-        with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as scratch:
+        with local_errors("write", output), tempfile.TemporaryDirectory(dir=output, prefix=".export-") as scratch:
             draft = Path(scratch) / path.name
             export_onnx(trained, draft, opset=config.opset, dynamic_batch=config.dynamic_batch)
             check_parity(trained, draft, images, dynamic_batch=config.dynamic_batch, tolerance=config.tolerance)
@@ -220,11 +222,15 @@ class RFDETR:
         """Write the weights into a file that `from_checkpoint` and the published package load; returns its path.
 
         Raises:
-            ConfigError: no weights yet.
-            StorageAccessError: the file cannot be written.
+            ConfigError: no weights yet, or `path` is no path.
+            StorageAccessError: there is no such folder, or the file cannot be written.
         """
-        target = Path(path).expanduser()
-        write_detector(self._weights(), target)
+        trained, target = self._weights(), _path(path, "path")
+        if not target.parent.is_dir():
+            raise StorageAccessError(f"{target}: cannot be written: no such folder", hint=f"make {target.parent}")
+        if target.is_dir():
+            raise StorageAccessError(f"{target}: cannot be written: is a folder", hint="give the name of a file in it")
+        write_detector(trained, target)
         return target
 
     def _architecture(self, values: dict[str, Any]) -> ModelSection:
@@ -277,6 +283,12 @@ class RFDETR:
     def _use(self, trained: TrainedModel, *, accelerator: str = "auto") -> None:
         trained.module.to(fabric_accelerator(accelerator))
         self._trained, self.config = trained, trained.config
+
+
+def _path(value: Any, name: str) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise ConfigError(f"{name}: {type(value).__name__} is no path", hint="give a str or a pathlib.Path")
+    return Path(value).expanduser()
 
 
 def _tell_unmatched(model: tuple[str, ...], dataset: tuple[str, ...]) -> None:

@@ -36,7 +36,7 @@ from rfdetr_core.errors import (
 from rfdetr_core.models.published import PUBLISHED, PublishedFile
 from rfdetr_core.storage import Location, location
 from rfdetr_core.storage.base import CHUNK, is_printable
-from rfdetr_core.storage.local import local_errors
+from rfdetr_core.storage.local import LocalLocation, local_errors
 from rfdetr_core.storage.s3 import S3Location
 from rfdetr_core.storage.s3_client import s3_session
 from rfdetr_core.storage.s3_errors import s3_errors
@@ -116,9 +116,10 @@ _STORED = re.compile(r"(?:^|/)weights/([0-9a-f]{32})/[^/]+$")
 
 
 def store_weights(path: Path, md5: str, root: Location) -> tuple[Location, bool]:
-    """Bring a weight file to `<root>/weights/<md5>/<file name>`, unless it is there in the same size.
+    """Bring a weight file to `<root>/weights/<md5>/<file name>`, unless it is there already.
 
-    One object, which the store shows whole or not at all.
+    One object, which the store shows whole or not at all. One of the same size is read to compare its content:
+    nothing else tells that a file which all later runs begin with is the one it is named after.
 
     Returns:
         Its place, and whether it was sent now.
@@ -127,7 +128,8 @@ def store_weights(path: Path, md5: str, root: Location) -> tuple[Location, bool]
     place = folder / path.name
     with local_errors("read", path):
         size = path.stat().st_size
-    if any((info.name, info.size) == (path.name, size) for info in folder.list_files()):
+    there = any((info.name, info.size) == (path.name, size) for info in folder.list_files())
+    if there and place.digest_file() == LocalLocation(path.absolute()).digest_file():
         return place, False
     place.upload_file(path)
     return place, True
@@ -181,12 +183,7 @@ def _from_s3(uri: str, folder: Path) -> Path:
     path = folder / "s3" / version / place.name
     if not path.is_file():
         place.download_file(path)
-    if (named := _STORED.search(place.key)) is not None and (found := _md5(path)) != named[1]:
-        path.unlink()
-        raise CheckpointError(
-            f"{place.uri}: has MD5 {found}, and its address names another one", hint="bring it into the store again"
-        )
-    return _verified(path)
+    return _arrived(path, place.uri)
 
 
 def _from_web(url: str, folder: Path) -> Path:
@@ -202,6 +199,18 @@ def _from_web(url: str, folder: Path) -> Path:
     path = folder / "web" / _digest(url) / name
     if not (path.is_file() and _unchanged(url, path)):
         _download(url, path)
+    return _arrived(path, _shown(url))
+
+
+def _arrived(path: Path, address: str) -> Path:
+    """A download that is what its address says, if that holds the MD5, as `store_weights` makes it."""
+    named = _STORED.search(address)
+    if named is not None and (found := _md5(path)) != named[1]:
+        path.unlink()
+        _etag_file(path).unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{address}: has MD5 {found}, and its address names another one", hint="bring it into the store again"
+        )
     return _verified(path)
 
 

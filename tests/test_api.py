@@ -35,10 +35,14 @@ from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.export.parity import open_session
 from rfdetr_core.models import detector
 from rfdetr_core.prediction import AT_ONCE, Prediction
+from rfdetr_core.storage import Location
 from rfdetr_core.training import checkpoint, folder
 from rfdetr_core.training.engine import Engine
 from tests.models.golden import fill_w1
+from tests.s3_server import s3_root, s3_server
 from tests.training import tiny
+
+__all__ = ["s3_root", "s3_server"]
 
 ARCHITECTURE = {name: value for name, value in tiny.MODEL.items() if name not in ("variant", "num_classes")}
 SETTINGS: dict[str, Any] = {**tiny.TRAIN, "epochs": 1, "batch_size": 2, "grad_accum_steps": 1}
@@ -186,6 +190,17 @@ class TestTrain:
         assert "image cannot be read" in (tmp_path / "out" / "report.html").read_text()
         assert not (tmp_path / "out" / "dataset").exists()
 
+    def test_a_folder_that_cannot_be_made_is_told(self, coco: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nope"):
+            with pytest.raises(StorageAccessError, match="cannot write "):
+                RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=path, **SETTINGS)
+
+    def test_a_report_that_cannot_be_written_is_told(self, coco: Path, tmp_path: Path) -> None:
+        (tmp_path / "report.json").mkdir()
+        with pytest.raises(StorageAccessError, match=r"cannot write .*irectory"):
+            RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
+
     def test_auto_probes_once(self, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = {**SETTINGS, "batch_size": "auto", "auto_batch_target_effective": 2}
         RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
@@ -286,8 +301,8 @@ class TestPredict:
             model.predict(path)
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
-    def test_a_threshold_outside_0_to_1_is_refused(self, model: Any, coco: Path, threshold: float) -> None:
+    @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", None, True])
+    def test_a_threshold_outside_0_to_1_is_refused(self, model: Any, coco: Path, threshold: Any) -> None:
         with pytest.raises(ConfigError, match="threshold"):
             model.predict(pictures(coco)[0], threshold=threshold)
 
@@ -310,6 +325,13 @@ class TestExport:
             model.export(tmp_path, tolerance=1e-12)
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_folder_that_cannot_be_made_is_told(self, model: Any, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nope"):
+            with pytest.raises(StorageAccessError, match="cannot write ") as caught:
+                model.export(path)
+            assert "\n" not in str(caught.value)
+
     def test_unknown_settings_are_refused(self, model: Any, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"export\(\): tolerence: unknown field; did you mean tolerance\?"):
             model.export(tmp_path, tolerence=1e-3)
@@ -325,6 +347,22 @@ class TestFromCheckpoint:
     def test_another_class_is_refused(self, model: Any, output: Path) -> None:
         with pytest.raises(CheckpointError, match=r"is of the variant pico \(use RFDETRPico\)"):
             RFDETRNano.from_checkpoint(output / "checkpoint_best_total.pth")
+
+    @pytest.mark.parametrize("path", [None, 3, b"x.pth"])
+    def test_what_is_no_path_is_refused(self, model: Any, path: Any) -> None:
+        for call in (RFDETR.from_checkpoint, model.save, model.export, lambda path: model.evaluate(dataset_dir=path)):
+            with pytest.raises(ConfigError, match=f"{type(path).__name__} is no path"):
+                call(path)
+
+    def test_of_a_store(
+        self, model: Any, output: Path, s3_root: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RF_HOME", str(tmp_path))
+        place = s3_root / "best.pth"
+        with pytest.raises(MissingObjectError, match=r"s3://.*/best\.pth"):
+            RFDETR.from_checkpoint(place.uri)
+        place.upload_file(output / "checkpoint_best_total.pth")
+        assert RFDETR.from_checkpoint(place.uri).config == model.config
 
     def test_a_checkpoint_for_resuming_is_refused(self, model: Any, output: Path) -> None:
         with pytest.raises(CheckpointError, match=r"give checkpoint_best_total\.pth"):
@@ -443,8 +481,12 @@ class TestSave:
         assert_same(*(m.predict(pictures(coco)[0], threshold=0) for m in (model, loaded)))
 
     def test_a_folder_that_is_not_there_is_told(self, model: Any, tmp_path: Path) -> None:
-        with pytest.raises(StorageAccessError, match=r"mine\.pth: cannot be written"):
+        with pytest.raises(StorageAccessError, match=r"mine\.pth: cannot be written: no such folder \(make .*absent\)"):
             model.save(tmp_path / "absent" / "mine.pth")
+
+    def test_a_folder_is_no_file(self, model: Any, tmp_path: Path) -> None:
+        with pytest.raises(StorageAccessError, match=r"cannot be written: is a folder"):
+            model.save(tmp_path)
 
 
 class TestEvaluate:

@@ -612,9 +612,10 @@ def test_weights_are_put_into_the_store_once(store: str, request: pytest.Fixture
     assert sent and place == root / f"weights/{md5}/mine.pth"
     assert fetch_weights(place.uri, cache=tmp_path / "cache").read_bytes() == DATA
     assert store_weights(path, md5, root) == (place, False)
-    place.write_bytes(DATA[:10])  # as only another program can leave it
-    assert store_weights(path, md5, root) == (place, True)
-    assert place.read_bytes() == DATA
+    for left in (DATA[:10], DATA[::-1]):  # as only another program can leave it, of another size and of the same
+        place.write_bytes(left)
+        assert store_weights(path, md5, root) == (place, True)
+        assert place.read_bytes() == DATA
 
 
 def test_weights_in_the_store_are_what_their_address_says(s3_root: Location, cache: Path) -> None:
@@ -626,6 +627,21 @@ def test_weights_in_the_store_are_what_their_address_says(s3_root: Location, cac
     with pytest.raises(CheckpointError, match="its address names another one"):
         fetch_weights(place.uri, cache=cache)
     assert b"other weights" not in {file.read_bytes() for file in cache.rglob("*.pth")}
+
+
+def test_weights_of_a_web_store_are_what_their_address_says(web: WebServer, cache: Path) -> None:
+    url = f"{web.url}/weights/{hashlib.md5(DATA).hexdigest()}/own.pth"
+    assert fetch_weights(url, cache=cache).read_bytes() == DATA
+    web.body, web.etag = DATA[::-1], '"v2"'
+    with pytest.raises(CheckpointError, match="its address names another one"):
+        fetch_weights(url, cache=cache)
+    assert names(cache) == set()
+
+
+def test_a_published_name_from_the_web_is_remarked_on(web: WebServer, cache: Path) -> None:
+    with pytest.warns(UserWarning, match="is not the published file of that name") as caught:
+        fetch_weights(f"{web.url}/{NAME}", cache=cache)
+    assert len(caught) == 1
 
 
 def test_a_published_name_from_elsewhere_is_remarked_on(s3_root: Location, web: WebServer, cache: Path) -> None:

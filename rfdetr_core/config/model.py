@@ -146,7 +146,8 @@ class ModelSection(Config):
     dim_feedforward: Int = Field(ge=1)
     """Inner width of the decoder's feed-forward layers; 2048 in all published variants."""
     resolution: Int
-    """Side of the square input in pixels: a multiple of patch_size x num_windows; one of 14 is rounded up."""
+    """Side of the square input in pixels: a multiple of patch_size x num_windows, at most 4096.
+    One of 14 is rounded up."""
     requested_resolution: Int | None = None
     """The resolution that was asked for, where it had to be rounded up. Recorded by us, never given."""
     positional_encoding_size: Int = Field(ge=1)
@@ -239,16 +240,14 @@ class ModelSection(Config):
         return self
 
     def _inconsistencies(self) -> Iterator[Problem]:
-        if self.resolution < 1 or self.resolution % self.block:
-            rule = f"must be a multiple of patch_size x num_windows = {self.block}, or of 14"
-            yield not_allowed("resolution", self.resolution, rule, nearest_resolutions(self.resolution, self.block))
+        largest = _MAX_SIDE // self.block * self.block
         if self.resolution > _MAX_SIDE:
-            yield not_allowed(
-                "resolution",
-                self.resolution,
-                f"must be at most {_MAX_SIDE} pixels",
-                _MAX_SIDE // self.block * self.block,
-            )
+            rule = f"must be at most {_MAX_SIDE} pixels"
+            yield not_allowed("resolution", self.resolution, rule, *((largest,) if largest else ()))
+        elif self.resolution < 1 or self.resolution % self.block:
+            rule = f"must be a multiple of patch_size x num_windows = {self.block}, or of 14"
+            near = tuple(side for side in nearest_resolutions(self.resolution, self.block) if side <= _MAX_SIDE)
+            yield not_allowed("resolution", self.resolution, rule, *((near,) if near else ()))
         requested = self.requested_resolution
         if requested is not None and (
             requested == self.resolution or legal_resolution(requested, self.block) != self.resolution
@@ -333,7 +332,7 @@ def _round_resolution(filled: dict[str, Any]) -> None:
     requested = _positive(filled["resolution"])
     block = _positive(filled["patch_size"]) * _positive(filled["num_windows"])
     legal = legal_resolution(requested, block) if block else None
-    if legal is not None and legal != requested:
+    if legal is not None and legal != requested and legal <= _MAX_SIDE:
         filled.update(resolution=legal, requested_resolution=requested)
         warnings.warn(
             f"resolution {requested} is not a multiple of patch_size x num_windows = {block}: "

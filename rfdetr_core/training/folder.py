@@ -61,6 +61,7 @@ def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None
 
     Raises:
         ConfigError: too few classes for the dataset, or the folder holds another training.
+        StorageAccessError: the folder cannot be made, or not written.
         DatasetError: the dataset cannot be trained on; report.html says why.
         CheckpointError: the folder's checkpoint cannot be read.
         DeviceMemoryError: not even a batch of one image fits.
@@ -97,13 +98,12 @@ def _validated(source: Path, report: Report) -> tuple[ClassMap, dict[str, ValidS
 def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> PreparedDataset:
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
-    with local_errors("write", output):
-        output.mkdir(parents=True, exist_ok=True)
+    _make(output)
     report, document = Report(), None
     try:
         class_map, splits = _validated(source, report)
         folder = output / "dataset" / dataset_digest(class_map, splits, options)
-        folder.parent.mkdir(exist_ok=True)
+        _make(folder.parent)
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as scratch:
                 write_prepared(Path(scratch) / "new", class_map, splits, options, source=str(source))
@@ -111,9 +111,15 @@ def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> Pr
         dataset = PreparedDataset(folder)
         document = dataset.document
     finally:
-        (output / "report.json").write_text(json.dumps(report_json(str(source), report, document), indent=2) + "\n")
-        (output / "report.html").write_text(report_html(str(source), report, document))
+        with local_errors("write", output):
+            (output / "report.json").write_text(json.dumps(report_json(str(source), report, document), indent=2) + "\n")
+            (output / "report.html").write_text(report_html(str(source), report, document))
     return dataset
+
+
+def _make(folder: Path) -> None:
+    with local_errors("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _inputs(model: ModelConfig, train: TrainConfig, dataset: PreparedDataset, start: Start | None) -> str:

@@ -274,6 +274,12 @@ def test_every_field_is_explained(name: str) -> None:
 
 
 def test_an_impossible_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be at most 4096 pixels"):
-        ModelConfig.parse({"variant": "nano", "resolution": 16_000_000})
+    for size in (16_000_000, 14_000_014, 10**9 + 1):  # a multiple of 32, of 14, of neither
+        with warnings.catch_warnings(action="error"):  # it is not said to be rounded
+            assert refused(resolution=size) == (
+                f"resolution: {size} is not allowed: must be at most 4096 pixels (use 4096)"
+            )
+    assert "(use 4088)" in refused(resolution=5000, variant="base")
+    assert refused(resolution=4090, variant="base").endswith("(use 4088)")  # 4144 is too large
+    assert refused(resolution=5000, patch_size=5000).endswith("must be at most 4096 pixels")
     assert ModelConfig(variant="nano", resolution=4096).resolution == 4096

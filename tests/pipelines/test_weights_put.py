@@ -73,6 +73,25 @@ def test_a_file_that_is_none_is_not_put(tmp_path: Path) -> None:
     assert location(str(tmp_path / "store")).list_files() == []
 
 
+def test_weights_of_a_segmentation_model_are_not_put(weights: Path, tmp_path: Path) -> None:
+    content = torch.load(weights, weights_only=False)
+    torch.save({**content, "model_name": "RFDETRSegNano"}, tmp_path / "seg.pth")
+    code, lines = put(tmp_path / "seg.pth", tmp_path, str(tmp_path / "store"))
+    assert code == 2
+    assert len(lines) == 1 and "seg.pth: holds weights of the kind seg-nano" in lines[0]
+    assert location(str(tmp_path / "store")).list_files() == []
+
+
+def test_a_users_own_file_under_a_published_name_is_remarked_on_in_one_line(weights: Path, tmp_path: Path) -> None:
+    own = tmp_path / "rf-detr-nano.pth"
+    own.write_bytes(weights.read_bytes())
+    code, lines = put(own, tmp_path, str(tmp_path / "store"))
+    assert code == 0
+    remarks = [line for line in lines if "is not the published file of that name" in line]
+    assert len(remarks) == 1 and remarks[0].startswith("note: ")
+    assert not any("Warning" in line or "warnings.warn" in line for line in lines)
+
+
 def test_a_store_is_needed(weights: Path, tmp_path: Path) -> None:
     code, output = rfdetr_pipeline(tmp_path, "weights", "put", str(weights))
     assert code == 2
