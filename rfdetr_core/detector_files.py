@@ -78,7 +78,7 @@ def refuse_another_variant(file: WeightFile, section: ModelSection) -> None:
     """
     variant = variant_of(file)
     layers = architecture_of(file).get("dec_layers")
-    if layers == section.dec_layers or variant == section.variant:
+    if layers in (None, section.dec_layers) or variant == section.variant:  # none at all: refused when it is loaded
         return
     own_depth = section.dec_layers == VARIANTS[section.variant]["dec_layers"]  # or another one, on purpose
     if variant is not None or own_depth:
@@ -93,12 +93,13 @@ def _built(file: WeightFile, config: ModelConfig) -> TrainedModel:
     module = RFDETR(config)
     tell(load_pretrained(module, file))
     names = class_names_of(file, config.num_classes)
-    if len(names) < config.num_classes:
+    if (known := len(_names_in(file))) < config.num_classes:
         log.warning(
-            "%s names %d of %d classes: detections of the others are left out",
+            "%s names %d of %d classes: the others are %s",
             file.path.name,
-            len(names),
+            known,
             config.num_classes,
+            ", ".join(names[known : known + 3]) + (", …" if config.num_classes - known > 3 else ""),
         )
     return TrainedModel(module.eval(), config, names, FROM_ELSEWHERE, -1, checkpoint.sha256_of(file.path))
 
@@ -107,17 +108,20 @@ def class_names_of(file: WeightFile, num_classes: int) -> tuple[str, ...]:
     """The name of each class of a model of `num_classes` that has these weights.
 
     Weights of 91 slots without names are COCO's, where the class is the category id; "" is a slot without category.
-    Other files without names have class_0, class_1, …
+    Other classes without a name are class_<label>: what the model finds of them is not lost.
     """
+    names = _names_in(file)
+    if names == names_by_slot() and num_classes == file.num_classes == len(names) - 1:
+        return names  # the last slot is a category, not the spare one
+    return (*names, *(f"class_{label}" for label in range(len(names), num_classes)))[:num_classes]
+
+
+def _names_in(file: WeightFile) -> tuple[str, ...]:
+    """The names that are the file's: COCO's too, which it need not spell out."""
     names = file.class_names[:-1] if file.class_names[-1:] == (_SPARE,) else file.class_names
-    slots = file.num_classes + 1
-    if slots == COCO_SLOTS and names in ((), tuple(COCO_NAMES.values()), names_by_slot()):
-        if num_classes == file.num_classes:
-            return names_by_slot()  # the last slot is a category, not the spare one
-        names = names_by_slot()
-    elif not names:
-        names = tuple(f"class_{label}" for label in range(file.num_classes))
-    return names[:num_classes]
+    if file.num_classes + 1 == COCO_SLOTS and names in ((), tuple(COCO_NAMES.values())):
+        return names_by_slot()
+    return names
 
 
 def as_weight_file(trained: TrainedModel) -> WeightFile:

@@ -22,7 +22,7 @@ from rfdetr_core.models.postprocess import postprocess
 from rfdetr_core.models.weights import TrainedModel
 
 Picture = Image.Image | str | os.PathLike[str] | NDArray[Any] | Tensor
-"""A path, a Pillow image, an array (H, W, C) uint8, or a tensor (C, H, W) in [0, 1]."""
+"""A path, a Pillow image, an array (H, W, C) uint8 (grey also (H, W) or (H, W, 1)), or a tensor (C, H, W) in [0, 1]."""
 
 AT_ONCE = 8  # pictures in one forward pass
 _RGB = 3
@@ -113,6 +113,8 @@ def _as_array(tensor: Tensor, index: int, channels: int) -> NDArray[np.uint8]:
 def _checked_array(array: NDArray[Any], index: int, channels: int) -> NDArray[np.uint8]:
     """(H, W, C) uint8, or (H, W) of one channel, in one block of memory."""
     what = f"images[{index}]: an array {array.shape} of {array.dtype}"
+    if array.ndim == 3 and array.shape[2] == 1 and channels == _RGB:
+        array = array[..., 0]
     grey = array.ndim == 2 and channels in (1, _RGB)
     if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] == channels)):
         raise ConfigError(f"{what} is no picture", hint=f"give (height, width, {channels}) of uint8")

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from rfdetr_core.errors import CheckpointError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.weight_file import WeightFile, read_weight_file, variant_of
 from rfdetr_core.models.weights import TrainedModel
+from rfdetr_core.prediction import predict_pictures
 from tests.models import golden
 from tests.training import tiny
 
@@ -40,15 +42,19 @@ class TestClassNames:
         [
             (4, OWN, 3, OWN),
             (4, (*OWN, "__background__"), 3, OWN),  # how some name the spare column
-            (6, OWN, 5, OWN),  # spare classes have no name
+            (6, OWN, 5, (*OWN, "class_3", "class_4")),
+            (6, (*OWN, "__background__"), 5, (*OWN, "class_3", "class_4")),
             (4, OWN, 2, OWN[:2]),  # a head that is cut
-            (4, OWN, 7, OWN),  # a head that is grown
+            (4, OWN, 5, (*OWN, "class_3", "class_4")),  # a head that is grown
+            (4, (), 4, ("class_0", "class_1", "class_2", "class_3")),
             (4, (), 3, ("class_0", "class_1", "class_2")),
             (366, (), 2, ("class_0", "class_1")),
             (91, (), 90, names_by_slot()),
             (91, tuple(COCO_NAMES.values()), 90, names_by_slot()),
             (91, names_by_slot(), 90, names_by_slot()),
             (91, (), 3, ("", "person", "bicycle")),
+            (91, (), 93, (*names_by_slot(), "class_91", "class_92")),
+            (94, names_by_slot(), 93, (*names_by_slot(), "class_91", "class_92")),
             (91, tuple(f"own {i}" for i in range(90)), 90, tuple(f"own {i}" for i in range(90))),
         ],
     )
@@ -102,6 +108,16 @@ class TestReadDetector:
         with pytest.raises(CheckpointError, match=r"w\.pth: ") as caught:
             read_detector(tmp_path / "w.pth")
         assert "\n" not in str(caught.value)
+
+    def test_one_wrong_bit_is_refused(self, tmp_path: Path) -> None:
+        path, module = tmp_path / "own.pth", tiny_model()
+        write_detector(TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64), path)
+        data = bytearray(path.read_bytes())
+        data[data.index(module.class_embed.weight.detach().numpy().tobytes()) + 17] ^= 1
+        path.write_bytes(data)
+        assert torch.load(path, weights_only=True)
+        with pytest.raises(CheckpointError, match=r"own\.pth: the file is damaged: .* has another checksum"):
+            read_detector(path)
 
     def test_written_and_read(self, tmp_path: Path) -> None:
         module = tiny_model(num_classes=5)
@@ -175,8 +191,22 @@ class TestBeginFrom:
         grown = begin_from(read_weight_file(path), ModelSection.parse({**section, "num_classes": 5}))
         assert torch.equal(grown.module.class_embed.weight, rows[[0, 1, 2, 3, 0, 1]])
         assert "class heads have 4 rows in the file and 6 in the model" in caplog.text
-        assert (grown.config.num_classes, grown.class_names) == (5, OWN)
-        assert "w.pth names 3 of 5 classes: detections of the others are left out" in caplog.text
+        assert (grown.config.num_classes, grown.class_names) == (5, (*OWN, "class_3", "class_4"))
+        assert "w.pth names 3 of 5 classes: the others are class_3, class_4" in caplog.text
+
+    @pytest.mark.parametrize("class_names", [["ant", "bee"], {0: "ant", 1: "bee"}])
+    def test_a_class_that_the_file_does_not_name_is_found_all_the_same(self, tmp_path: Path, class_names: Any) -> None:
+        content = {"model": tiny_model().state_dict(), "args": {"class_names": class_names}}
+        torch.save(content, tmp_path / "w.pth")
+        trained = begin_from(read_weight_file(tmp_path / "w.pth"), ModelSection.parse(tiny.MODEL))
+        found = predict_pictures(trained, [np.zeros((40, 40, 3), np.uint8)], 0.0)[0]
+        assert set(found.class_names) == {"ant", "bee", "class_2"}  # and the last column is no class
+
+    def test_a_file_without_a_decoder_is_not_one_of_another_variant(self, tmp_path: Path) -> None:
+        state = {key: value for key, value in tiny_model().state_dict().items() if "decoder.layers" not in key}
+        torch.save({"model": state}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match="has no decoder layers"):
+            begin_from(read_weight_file(tmp_path / "w.pth"), ModelSection.parse(tiny.MODEL))
 
     @pytest.mark.parametrize("lost", [None, "transformer.decoder.norm.weight"])
     def test_what_is_lacking_is_a_warning(

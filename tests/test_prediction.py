@@ -74,6 +74,7 @@ class TestForms:
     def test_an_array_of_grey(self, trained: TrainedModel, image: Image.Image) -> None:
         grey = image.convert("L")
         assert_same(found(trained, np.asarray(grey)), found(trained, grey))
+        assert_same(found(trained, np.asarray(grey)[..., None]), found(trained, grey))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
     def test_a_tensor(self, trained: TrainedModel, image: Image.Image, dtype: torch.dtype) -> None:

@@ -155,6 +155,9 @@ def verify_records(path: Path) -> None:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise CheckpointError(f"{path}: not a weight file of PyTorch: its records are compressed", hint=AGAIN)
+        root = records[0].filename.partition("/")[0] if records else ""
+        if f"{root}/data.pkl" not in archive.namelist():
+            raise CheckpointError(f"{path}: not a weight file of PyTorch: a zip file without data.pkl", hint=AGAIN)
         # torch would skip what is marked as a folder, and hand out whatever memory it was going to fill.
         if (folder := next((record for record in records if record.external_attr & _FOLDER), None)) is not None:
             raise CheckpointError(f"{path}: the file is damaged: {shown(folder.filename)} is a folder", hint=AGAIN)
@@ -184,11 +187,14 @@ def _unreadable(path: Path, text: str) -> CheckpointError:
         )
     if (found := re.search(rf"{re.escape(__name__)}\.([\w.]+)", text)) is not None:
         return CheckpointError(f"{path}: refused: it holds a {found[1]} that cannot be read as plain data", hint=again)
+    return CheckpointError(f"{path}: not a readable weight file: {reason_in(text)}", hint=AGAIN)
+
+
+def reason_in(text: str) -> str:
+    """One line out of an error of torch: the cause, without places in its sources and advice on its use."""
     reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
-    return CheckpointError(
-        f"{path}: not a readable weight file: {shown(re.sub(r'^.enforce fail at [^]]*.[. ]*', '', reason))}",
-        hint=AGAIN,
-    )
+    reason = re.sub(r"^\[enforce fail at [^]]*\][. ]*", "", reason)
+    return shown(re.split(r"\.? +(?:This is an internal miniz error|\(Could this error message)", reason)[0])
 
 
 def _unknown_classes(path: Path) -> tuple[str, ...]:

@@ -59,6 +59,8 @@ def build_trained(content: dict[str, Any], path: Path, *, sha256: str) -> Traine
         if (broken := next((k for k, v in module.state_dict().items() if not v.isfinite().all()), None)) is not None:
             raise ValueError(f"{broken} has values that are not finite")
         names = tuple(str(row["name"]) for row in content["classes"])
+        if not 0 < len(names) <= config.num_classes + 1:  # fewer where columns are spare, the last one too for COCO
+            raise ValueError(f"classes has {len(names)} rows, and the model {config.num_classes} classes")
         trained = TrainedModel(module.eval(), config, names, str(content["source"]), int(content["epoch"]), sha256)
     except KeyError as error:
         raise CheckpointError(f"{path}: not the weights of a detector: no {error}", hint="train again") from error

@@ -28,7 +28,7 @@ from rfdetr_core import __version__
 from rfdetr_core.coco_names import names_by_slot
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, StorageAccessError
-from rfdetr_core.models.inert_pickle import verify_records
+from rfdetr_core.models.inert_pickle import reason_in, verify_records
 from rfdetr_core.models.weights import TrainedModel, build_trained
 
 FORMAT_VERSION = 2
@@ -139,7 +139,7 @@ def load(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # a torn file shows as any of a dozen types, by where it is torn
-        reason = str(error).partition("\n")[0][:150] or type(error).__name__
+        reason = reason_in(str(error)) or type(error).__name__
         raise CheckpointError(
             f"{path}: not a readable checkpoint: {reason}", hint="remove it, and train again"
         ) from error

@@ -342,10 +342,21 @@ def test_a_compressed_archive(tmp_path: Path) -> None:
         read_weight_file(path)
 
 
-def test_a_zip_archive_of_something_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], r"a zip file without data\.pkl \("),
+        (["image.jpg"], r"a zip file without data\.pkl \("),
+        (["weights/version", "weights/data/0"], r"a zip file without data\.pkl \("),
+        (["weights/version", "other/data.pkl"], r"a zip file without data\.pkl \("),
+        (["weights/data.pkl"], r'Expected hasRecord\("version"\) to be true, but got false \(download'),
+    ],
+)
+def test_a_zip_archive_of_something_else(records: list[str], message: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
-        archive.writestr("image.jpg", b"...")
-    with pytest.raises(CheckpointError, match=r"not a readable weight file: file in archive is not .* image\.jpg"):
+        for name in records:
+            archive.writestr(name, b"...")
+    with pytest.raises(CheckpointError, match=message):
         read_weight_file(tmp_path / "weights.pth")
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ class TestLoad:
             checkpoint.load(tmp_path / "checkpoint.pth")
         one_line(caught)
 
+    def test_a_zip_file_of_something_else(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "checkpoint.pth", "w") as archive:
+            archive.writestr("checkpoint/version", "3")
+        with pytest.raises(CheckpointError, match=r"a zip file without data\.pkl \(download") as caught:
+            checkpoint.load(tmp_path / "checkpoint.pth")
+        one_line(caught)
+
     @pytest.mark.parametrize("content", [{"format_version": 99}, {}, [1, 2], "text"])
     def test_another_format_version(self, tmp_path: Path, content: Any) -> None:
         torch.save(content, tmp_path / "checkpoint.pth")
@@ -215,9 +223,11 @@ class TestLoadTrained:
             {"model": {"class_embed.weight": torch.zeros(1)}},
             {"config": {"variant": "enormous"}},
             {"classes": 3},
+            {"classes": []},
+            {"classes": [{"name": name} for name in "abcde"]},
             {"epoch": "last"},
         ],
-        ids=["empty", "list", "other shapes", "unknown variant", "classes", "epoch"],
+        ids=["empty", "list", "other shapes", "unknown variant", "classes", "no class", "too many classes", "epoch"],
     )
     def test_what_does_not_fit_is_refused(self, tmp_path: Path, changes: dict[str, Any]) -> None:
         checkpoint.save(weights(**changes), tmp_path / "best.pth")
