@@ -349,6 +349,13 @@ def test_the_variants_are_named() -> None:
         load_pretrained(model(), weight_file(state, model_name=None))
 
 
+def test_a_variant_is_not_told_from_itself() -> None:
+    state = {**pico_state(), "transformer.decoder.norm.weight": torch.zeros(7)}
+    with pytest.raises(CheckpointError, match=r"norm\.weight is 7, and in the model \d+ \(") as caught:
+        load_pretrained(model(), weight_file(state, model_name="RFDETRPico"))
+    assert "asked for" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("prefix", "part"), [("backbone.0.encoder.", "encoder"), ("transformer.decoder.layers.", "decoder layers")]
 )
