@@ -78,7 +78,7 @@ class Child:
             text=True,
             env=environment,
         )
-        self.start_rss = self.ask(do="prepare", case={"side": side, **asdict(case)})["start_rss"]
+        self.ask(do="prepare", case={"side": side, **asdict(case)})
 
     def ask(self, **request: Any) -> Any:
         """Send one request, wait for its answer."""

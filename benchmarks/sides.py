@@ -32,7 +32,7 @@ def main() -> None:
         request = json.loads(line)
         if request["do"] == "prepare":
             side = Side(**request["case"])
-            answer: Any = {"torch": str(torch.__version__), "start_rss": _rss()}
+            answer: Any = {}
         elif request["do"] == "time":
             assert side is not None
             answer = side.time(request["calls"])
@@ -154,11 +154,6 @@ def _reference(variant: str, weights: str, *, export: bool) -> tuple[torch.nn.Mo
     if export:
         module.model.eval().export()
     return module.model, module.criterion
-
-
-def _rss() -> int:
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -29,15 +29,15 @@ class Kept:
         self._key: Hashable = None
         self._value: Tensor | None = None
 
-    def get(self, parameters: Sequence[Tensor], make: Callable[[], Tensor], *, of: Hashable = None) -> Tensor:
-        """`make()`, or what it returned last if neither `parameters` nor `of` have changed since.
+    def get(self, parameters: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or what it returned last if the `parameters` have not changed since.
 
         An operation in place raises a tensor's version. What does not (fused optimizers, moving a module) makes its
         module forget.
         """
         if any(parameter.is_inference() for parameter in parameters):  # these count no versions
             return make()
-        key = (of, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
         if self._value is None or key != self._key:
             self._value, self._key = make().detach(), key
         return self._value
