@@ -1,20 +1,17 @@
-"""What can be said of pretrained weights without torch, before a GPU is asked for; the train stage loads them.
-
-A whole file of PyTorch is a zip archive, whose table of contents stands at the end: a cut-off one has none.
-"""
+"""What can be said of pretrained weights without torch, before a GPU is asked for; the train stage loads them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from components.runtime import StageContext
 from rfdetr_core.config import VARIANTS, ModelSection
 from rfdetr_core.errors import CheckpointError, MissingObjectError
+from rfdetr_core.models.file_form import refuse_other_forms
 from rfdetr_core.models.published import PUBLISHED
 from rfdetr_core.pretrained import fetch_weights
 
@@ -61,31 +58,13 @@ def fetched(context: StageContext, uri: str) -> Path:
 
 def describe_weights(path: Path, uri: str, model: ModelSection) -> dict[str, Any]:
     """What weights.json says of a local file."""
-    _recognise(path, uri)
+    refuse_other_forms(path, uri)
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     published = next((known.name for known in PUBLISHED.values() if known.md5 == md5), None)
     if published is not None:
         _refuse_another_variant(published, uri, model)
     return {"uri": uri, "size": path.stat().st_size, "md5": md5, "published": published}
-
-
-def _recognise(path: Path, uri: str) -> None:
-    with path.open("rb") as file:
-        head = file.read(4)
-    if not head:
-        raise CheckpointError(f"{uri}: the file is empty", hint="upload it again")
-    if head.startswith(b"PK") and not _is_zip(path):
-        raise CheckpointError(f"{uri}: the file is cut off or damaged: its end is missing", hint="upload it again")
-    if not head.startswith((b"PK", b"\x80")):  # the second is a bare pickle, as torch wrote before 1.6
-        raise CheckpointError(f"{uri}: not a weight file of PyTorch: it starts with {head!r}", hint="give another file")
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # what follows its end record contradicts it
-        return False
 
 
 def _refuse_another_variant(published: str, uri: str, model: ModelSection) -> None:

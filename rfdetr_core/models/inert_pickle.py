@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from rfdetr_core.errors import CheckpointError
-
-AGAIN = "download it again, or give another file"
+from rfdetr_core.models.file_form import AGAIN, is_zip, refuse_other_forms
 
 _NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")
 _KNOWN = {*_NAMESPACES, "collections.defaultdict"}
@@ -50,7 +49,7 @@ def load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
     Raises:
         CheckpointError: absent, not a file of torch.save, damaged, or it holds code.
     """
-    _recognise(path)
+    refuse_other_forms(path, str(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
@@ -124,32 +123,9 @@ def shape_text(shape: tuple[int, ...]) -> str:
 # Opening
 
 
-def _recognise(path: Path) -> None:
-    """Say early, and in words, what is no weight file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check the path") from error
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty", hint=AGAIN)
-    if head.startswith(b"PK"):
-        if not _is_zip(path):
-            raise CheckpointError(f"{path}: the file is cut off or damaged: its end is missing", hint=AGAIN)
-    elif head[0] != 0x80:  # what a pickle starts with, as files of torch before 1.6 do
-        raise CheckpointError(f"{path}: not a weight file of PyTorch: it starts with {head!r}", hint=AGAIN)
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # what follows its end record contradicts it
-        return False
-
-
 def verify_records(path: Path) -> None:
     """Hold the records of a zip file against their checksums, which torch itself does not: 0.3 s per GB."""
-    if not _is_zip(path):
+    if not is_zip(path):
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -199,7 +175,7 @@ def reason_in(text: str) -> str:
 
 def _unknown_classes(path: Path) -> tuple[str, ...]:
     """Dotted names; only zip files can tell, and in the older format nothing unknown is allowed."""
-    if not _is_zip(path):
+    if not is_zip(path):
         return ()
     found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return tuple(sorted(set(found) - _KNOWN))

@@ -53,12 +53,7 @@ class Embeddings(nn.Module):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The positional table (1, 1 + h*w, width) for a grid of h x w patches; differentiable."""
         table = self.position_embeddings
-        if grid == self.table_grid:
-            return table
-        rows, columns = self.table_grid
-        patches = table[:, 1:].float().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-        resized = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False, antialias=True)
-        return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+        return table if grid == self.table_grid else resize_table(table, self.table_grid, grid)
 
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images (B, channels, H, W) to tokens (B*n*n, T, width), windows row-major within an image."""
@@ -71,6 +66,13 @@ class Embeddings(nn.Module):
         if self.num_prefix > 1:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)
         return torch.cat([prefix.expand(windows.shape[0], -1, -1), windows], dim=1)
+
+
+def resize_table(table: Tensor, held: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """A table (1, 1 + h*w, width) of one grid of patches for another one: bicubic with antialias, CLS row kept."""
+    patches = table[:, 1:].float().reshape(1, *held, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(patches, size=wanted, mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 class SelfAttention(KeepingModule):

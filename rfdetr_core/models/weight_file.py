@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rfdetr_core.config import ENCODERS, VARIANTS, ModelConfig
 from rfdetr_core.errors import CheckpointError
-from rfdetr_core.models.inert_pickle import AGAIN, Plain, kind_of, load_inert, shape_text, shown
+from rfdetr_core.models.file_form import AGAIN
+from rfdetr_core.models.inert_pickle import Plain, kind_of, load_inert, shape_text, shown
 
 ENCODER = "backbone.0.encoder.encoder."
 POSITIONS = ENCODER + "embeddings.position_embeddings"

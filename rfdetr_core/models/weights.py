@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, ConfigError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.inert_pickle import shape_text, shown
+from rfdetr_core.models.vit import resize_table
 from rfdetr_core.models.weight_file import (
     DECODER_LAYERS,
     ENCODER,
@@ -167,9 +167,7 @@ def slice_queries(table: Tensor, held: tuple[int, int] | None, wanted: tuple[int
 def resize_positions(table: Tensor, side: int) -> Tensor:
     """(1, 1 + s*s, width) to (1, 1 + side*side, width): bicubic with antialias, CLS row kept (spec 7.3, rule 6)."""
     old = math.isqrt(table.shape[1] - 1)
-    patches = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+    return resize_table(table, (old, old), (side, side))
 
 
 def adapt_channels(kernel: Tensor, channels: int) -> Tensor:

@@ -74,8 +74,7 @@ def test_a_file_that_is_none_is_not_put(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_segmentation_model_are_not_put(weights: Path, tmp_path: Path) -> None:
-    content = torch.load(weights, weights_only=False)
-    torch.save({**content, "model_name": "RFDETRSegNano"}, tmp_path / "seg.pth")
+    torch.save({"model": read_weight_file(weights).state, "model_name": "RFDETRSegNano"}, tmp_path / "seg.pth")
     code, lines = put(tmp_path / "seg.pth", tmp_path, str(tmp_path / "store"))
     assert code == 2
     assert len(lines) == 1 and "seg.pth: holds weights of the kind seg-nano" in lines[0]
