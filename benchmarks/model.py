@@ -214,7 +214,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--allocator",
         default="stage",
         choices=["stage", "system"],
-        help="stage: our training step keeps freed memory, as the train stage does; system: as glibc has it",
+        help="stage: ours keeps freed memory, as the train and evaluate stages do; system: as glibc has it",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     return parser.parse_args(argv)

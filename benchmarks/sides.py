@@ -60,7 +60,7 @@ class Side:
         compiled: bool,
         allocator: str,
     ) -> None:
-        if side == "ours" and task == "train" and allocator == "stage":
+        if side == "ours" and task in ("train", "eval") and allocator == "stage":
             from rfdetr_core.hardware import keep_freed_memory
 
             keep_freed_memory()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from components.runtime import Stage, StageContext, run_stage
+from rfdetr_core import hardware
 from rfdetr_core.registry import CHECKPOINT, Registry
 
 STAGE = Stage(
@@ -29,6 +30,7 @@ def body(context: StageContext) -> None:
     from rfdetr_core.evaluation.evaluate import split_digest
     from rfdetr_core.evaluation.report import evaluation_html
 
+    hardware.keep_freed_memory()
     dataset = PreparedDataset(context.prepared_dataset())
     name = context.config.evaluate.split
     split = dataset.split(name)
