@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long golden bench peer lint compile lock clean
+.PHONY: help setup demo test test-long golden bench peer lint compile docs lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ lint: $(READY) ## Check style and types
 
 compile: $(READY) ## Write the pipeline as KFP IR YAML to build/retrain.yaml
 	$(BIN)/rfdetr-pipeline compile --output build/retrain.yaml
+
+docs: $(READY) ## Write docs/parameters.md anew from the configuration classes
+	$(BIN)/python -m rfdetr_core.config.table > docs/parameters.md.new
+	mv docs/parameters.md.new docs/parameters.md
 
 lock: $(READY) ## Pin all dependencies anew, with hashes, into requirements-dev.txt
 	$(BIN)/python -m pip install --quiet uv
