@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -40,14 +40,15 @@ def predict_split(
         pixels, _ = batch.on(device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             outputs = model(pixels)
-        images = np.array(batch.images, dtype=np.int64)
-        parts.append(_detections(outputs, images, table, num_select, num_classes))
+        parts.append(detections_of(outputs, batch.images, table, num_select=num_select, num_classes=num_classes))
     return Detections.concatenate(parts)
 
 
-def _detections(
-    outputs: Outputs, images: np.ndarray, table: AnnotationTable, num_select: int, num_classes: int
+def detections_of(
+    outputs: Outputs, positions: Sequence[int], table: AnnotationTable, *, num_select: int, num_classes: int
 ) -> Detections:
+    """What a forward pass over the images at `positions` of the table found, in pixels of these images."""
+    images = np.array(positions, dtype=np.int64)
     logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
     sizes = torch.from_numpy(np.stack([table.heights[images], table.widths[images]], axis=1)).to(logits.device)
     results = postprocess(logits, boxes, sizes, num_select)

@@ -15,6 +15,7 @@ All are read with `weights_only=True`: no pickle is ever executed.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -30,6 +31,8 @@ from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError, StorageAccessError
 from rfdetr_core.models.inert_pickle import reason_in, verify_records
 from rfdetr_core.models.weights import TrainedModel, build_trained
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 LATEST = "checkpoint.pth"
@@ -88,12 +91,17 @@ def versions() -> dict[str, str]:
     return {"rfdetr_core": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def published_sections(config: ModelConfig, class_names: Sequence[str]) -> dict[str, Any]:
-    """What rfdetr 1.11 wants to know of `model`: the class, its architecture, the class names (model spec 7.2)."""
+def published_sections(config: ModelConfig, class_names: Sequence[str], notes: Any = None) -> dict[str, Any]:
+    """What rfdetr 1.11 wants to know of `model`: the class, its architecture, the class names (model spec 7.2).
+
+    `notes` are the user's, plain JSON.
+    """
     fields = config.model_dump(mode="json")
     args = {name: fields[name] for name in ("num_classes", "num_queries", "group_detr", "patch_size", "resolution")}
     if tuple(class_names) != names_by_slot():  # without names, 91 slots are COCO's ids there as here
         args["class_names"] = list(class_names)
+    if notes is not None:
+        args["notes"] = notes
     return {
         "model_name": "RFDETR" + "".join(part.capitalize() for part in config.variant.split("-")),
         "model_config": {name: fields[name] for name in PUBLISHED_FIELDS},
@@ -152,6 +160,33 @@ def load(path: Path) -> dict[str, Any]:
             hint="use the program that wrote it, or train again",
         )
     return dict(content)
+
+
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint for resuming that can be read, and its content; None if there is none of that name.
+
+    An unreadable one is passed over with a warning that names it and the one used instead.
+
+    Raises:
+        CheckpointError: there are some, and none can be read.
+    """
+    periodic = [path for path in folder.glob("checkpoint_*.pth") if re.fullmatch(r"checkpoint_\d+\.pth", path.name)]
+    periodic.sort(key=lambda path: int(path.stem.rpartition("_")[2]), reverse=True)
+    broken: list[CheckpointError] = []
+    for path in [folder / LATEST, *periodic]:
+        if not path.exists():
+            continue
+        try:
+            content = load(path)
+        except CheckpointError as error:
+            broken.append(error)
+            continue
+        for reason in broken:
+            log.warning("%s; %s is used instead", reason.message, path.name)
+        return path, content
+    if broken:
+        raise broken[0]
+    return None
 
 
 def load_trained(path: Path) -> TrainedModel:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning_fabric
+import numpy as np
 import torch
 from lightning_fabric.wrappers import _FabricModule
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rfdetr_core import hardware
 from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.errors import ConfigError, DeviceMemoryError, TrainingError
@@ -47,6 +51,7 @@ class Engine:
     ema: ModelEMA | None
     clip_max_norm: float
     ema_update_interval: int
+    fp16_eval: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -55,73 +60,158 @@ class Engine:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The precision of evaluation: the same as in training."""
+        """The precision of evaluation: float16 if `fp16_eval` asks for it and the device has it, else training's."""
+        if self.fp16_eval and self.device.type != "cpu":
+            return torch.float16
         return AUTOCAST[self.precision]
 
-    def optimizer_step(self, window: Sequence[Batch], *, factor: float, global_step: int) -> dict[str, Tensor]:
+    def optimizer_step(
+        self,
+        window: Sequence[Batch],
+        *,
+        factor: float,
+        global_step: int,
+        image_names: Sequence[str] | NDArray[np.str_] | None = None,
+        observe: Callable[[Batch, Mapping[str, Any]], None] | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Tensor] | None:
         """Forward and backward over an accumulation window, then clip, update, average.
 
         The window's gradient is the mean over its micro-batches, each normalised by its own boxes (training
         spec 4.3). Returns the mean of every loss term and of their weighted sum, "loss"; on the device.
+
+        Args:
+            image_names: file names by position in the split, for the error of a loss that is not finite.
+            observe: is given every micro-batch and the detector's outputs for it.
+            stop_requested: asked before every micro-batch; true leaves everything as after the step before, torch's
+                random stream included, and returns None.
 
         Raises:
             TrainingError: a loss or a gradient that is not finite, before any weight is touched.
             DeviceMemoryError: out of memory.
         """
         set_learning_rates(self.optimizer, self.base_rates, factor)
-        images = len(window[0].counts)
+        streams = self.random_state()
+        side = max(max(batch.pixels.shape[-2:]) for batch in window)
         with memory_errors(
-            f"on {self.device} at batch size {images}",
-            hint="lower train.batch_size, or let the probe choose it with batch_size: auto",
+            f"on {self.device} at batch size {len(window[0].counts)}, {side} px",
+            hint=smaller_batch(len(window[0].counts), len(window)),
+            device=self.device,
         ):
-            means = self._accumulate(window)
+            names, values = self._accumulate(window, observe, stop_requested)
+            if len(values) < len(window):
+                self.optimizer.zero_grad(set_to_none=True)
+                self.set_random_state(streams)
+                return None
             norm = self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.clip_max_norm or math.inf, error_if_nonfinite=False
             )
-            self._refuse_non_finite(means["loss"], norm, global_step)
+            terms = torch.stack(values)
+            self._refuse_non_finite(names, terms, norm, window, global_step, image_names)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and (global_step + 1) % self.ema_update_interval == 0:
             self.ema.update()
-        return means
+        return dict(zip(names, terms.mean(0).unbind(), strict=True))
 
-    def _accumulate(self, window: Sequence[Batch]) -> dict[str, Tensor]:
-        """Backward of every micro-batch; returns the means of the loss terms."""
-        sums: Tensor | None = None
+    def random_state(self) -> dict[str, Tensor]:
+        """The random streams of torch that a step reads."""
+        state = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to `state`. A run may go on on another kind of device: what that one lacks goes its own way."""
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def _accumulate(
+        self,
+        window: Sequence[Batch],
+        observe: Callable[[Batch, Mapping[str, Any]], None] | None,
+        stop_requested: Callable[[], bool],
+    ) -> tuple[list[str], list[Tensor]]:
+        """Backward of every micro-batch until a stop is asked for; the names of the loss terms, and their values."""
         names: list[str] = []
+        values: list[Tensor] = []
         for position, batch in enumerate(window):
+            if stop_requested():
+                break
             with self.fabric.no_backward_sync(self.model, enabled=position < len(window) - 1):
                 pixels, targets = batch.on(self.device)
-                terms = self.criterion(self.model(pixels), targets)
+                outputs = self.model(pixels)
+                terms = self.criterion(outputs, targets)
                 loss = self.criterion.total(terms)
                 self.fabric.backward(loss / len(window))
             names = [*terms, "loss"]
-            values = torch.stack([*terms.values(), loss]).detach()  # one sum per window, not one per term
-            sums = values if sums is None else sums + values
-        assert sums is not None
-        return dict(zip(names, (sums / len(window)).unbind(), strict=True))
+            values.append(torch.stack([*terms.values(), loss]).detach())
+            if observe is not None:
+                observe(batch, outputs)
+        return names, values
 
-    def _refuse_non_finite(self, loss: Tensor, norm: Tensor | None, global_step: int) -> None:
+    def _refuse_non_finite(
+        self,
+        names: Sequence[str],
+        terms: Tensor,
+        norm: Tensor | None,
+        window: Sequence[Batch],
+        global_step: int,
+        image_names: Sequence[str] | NDArray[np.str_] | None,
+    ) -> None:
+        """`terms` are the loss terms (M, T) of the window's micro-batches, the last of them the weighted sum."""
+        losses = terms[:, -1]
         # Under fp16 a gradient overflows now and then, by design: its scaler then skips the update.
-        watched = loss if norm is None or self.precision == "16-mixed" else loss + norm
-        if not torch.isfinite(watched):  # the only wait for the device that a step has of its own
-            what = "the gradient is not finite" if torch.isfinite(loss) else f"the loss is {loss.item()}"
-            raise TrainingError(
-                f"{what} at optimizer step {global_step}",
-                hint="lower train.lr, or look at the images of that step; the last checkpoint is whole",
-            )
+        watched = losses.sum() if norm is None or self.precision == "16-mixed" else losses.sum() + norm
+        if torch.isfinite(watched):  # the only wait for the device that a step has of its own
+            return
+        guilty = [i for i, finite in enumerate(torch.isfinite(losses).tolist()) if not finite]
+        what = "the gradient is not finite"
+        if guilty:
+            values = zip(names, terms[guilty[0]].tolist(), strict=True)
+            broken = ", ".join(f"{name} {value}" for name, value in values if not math.isfinite(value))
+            what = f"the loss is not finite ({broken})"
+        positions = [image for i, batch in enumerate(window) if not guilty or i in guilty for image in batch.images]
+        shown = [str(position if image_names is None else image_names[position]) for position in positions]
+        listed = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+        raise TrainingError(
+            f"{what} at optimizer step {global_step}, images {listed}",
+            hint="lower train.lr, or look at these images and their boxes; the last checkpoint is whole",
+        )
 
 
 @contextmanager
-def memory_errors(where: str, *, hint: str) -> Iterator[None]:
-    """What PyTorch raises when memory runs out becomes a DeviceMemoryError "out of memory <where>"."""
+def memory_errors(where: str, *, hint: str, device: torch.device) -> Iterator[None]:
+    """What PyTorch raises when memory runs out becomes a DeviceMemoryError "out of memory <where>, peak <n> GiB"."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error).lower()
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
-            raise DeviceMemoryError(f"out of memory {where}", hint=hint) from error
+            raise DeviceMemoryError(f"out of memory {where}, peak {_peak(device)}", hint=hint) from error
         raise
+
+
+def _peak(device: torch.device) -> str:
+    """The most memory that this process took, and what there is."""
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        peak, total = hardware.peak_rss(), hardware.memory_limit()
+    return f"{peak / 2**30:.2f} of {total / 2**30:.2f} GiB"
+
+
+def smaller_batch(batch_size: int, accum: int) -> str:
+    """What to change when a step of this micro-batch does not fit: the next smaller one of the same effective batch."""
+    effective = batch_size * accum
+    smaller = next((size for size in range(batch_size - 1, 0, -1) if effective % size == 0), None)
+    if smaller is None:
+        return "lower model.resolution, or set model.gradient_checkpointing: true"
+    return (
+        f"train.batch_size: {smaller} with train.grad_accum_steps: {effective // smaller} is the same effective batch "
+        f"of {effective}; or let the probe choose with batch_size: auto"
+    )
 
 
 def build_engine(model: ModelConfig, train: TrainConfig) -> Engine:
@@ -131,6 +221,8 @@ def build_engine(model: ModelConfig, train: TrainConfig) -> Engine:
     gradient, not just without a step.
     """
     precision = choose_precision(train.accelerator, train.amp_dtype)
+    if train.fp16_eval and fabric_accelerator(train.accelerator) == "cpu":
+        warnings.warn("train.fp16_eval has no effect on a CPU: evaluation stays in float32", stacklevel=2)
     # Fabric tells its choice of device at INFO level by itself, in every process that builds one.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = lightning_fabric.Fabric(accelerator=fabric_accelerator(train.accelerator), devices=1, precision=precision)
@@ -157,6 +249,7 @@ def build_engine(model: ModelConfig, train: TrainConfig) -> Engine:
         ema=ema,
         clip_max_norm=train.clip_max_norm,
         ema_update_interval=train.ema_update_interval,
+        fp16_eval=train.fp16_eval,
     )
 
 

@@ -4,43 +4,48 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from rfdetr_core.config import TrainConfig
 from rfdetr_core.data.loading import Batch, EpochSampler, LoaderSettings, eval_loader, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import Terminated
-from rfdetr_core.evaluation.detections import Detections
-from rfdetr_core.evaluation.inference import predict_split
-from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
+from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.storage.local import local_errors
-from rfdetr_core.training import metrics_log
-from rfdetr_core.training.checkpoint import LATEST, Source, periodic_name
+from rfdetr_core.training import checkpoint, metrics_log
+from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source, periodic_name
+from rfdetr_core.training.clock import Clock
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
-from rfdetr_core.training.engine import Engine, build_engine, memory_errors
+from rfdetr_core.training.engine import Engine, build_engine
 from rfdetr_core.training.progress import Progress
 from rfdetr_core.training.schedule import Schedule
 from rfdetr_core.training.state import (
     Position,
     Publish,
     TrainingJob,
+    beginning,
     best_source,
     keep_best,
     load_start_weights,
     mend_best_files,
     monitored,
     restore,
-    resumable,
     save,
+    smooth,
     start_position,
 )
+from rfdetr_core.training.validation import models_to_evaluate, validate
 
 __all__ = ["TrainingJob", "TrainingResult", "train"]
 
@@ -91,19 +96,19 @@ def train(
     for folder in (job.output, job.checkpoints):
         with local_errors("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
-    content = resumable(job)
-    position = start_position(content, config.seed)
+    begin = beginning(job)
+    position = start_position(begin.content, config.seed)
     torch.manual_seed(position.seed)
     engine = build_engine(job.model, config)
     stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
-    if content is None:
-        load_start_weights(job, engine, position)
-    else:
-        restore(content, engine, stopping, position)
+    if begin.content is not None:
+        restore(begin.content, engine, stopping, position)
         mend_best_files(job, position.best, publish)
+    elif begin.weights is not None:
+        load_start_weights(begin.weights, engine, position)
     if position.start is not None:
         (job.output / WEIGHTS_REPORT).write_text(json.dumps(position.start, indent=2) + "\n")
-    del content  # weights, moments and average once more, in host memory
+    del begin  # weights, moments and average once more, in host memory
     metrics_log.begin(job.output, position.history)
 
     # ---- data and schedule --------------------------------------------------------------------------------
@@ -116,6 +121,7 @@ def train(
         seed=position.seed,
         scales=scales,
     )
+    position.align(sampler.steps_per_epoch)
     loader, valid_loader = _loaders(job, engine, sampler, train_split, valid_split, position.seed)
     schedule = Schedule(
         kind=config.lr_scheduler,
@@ -127,15 +133,27 @@ def train(
     )
     total_steps = config.epochs * sampler.steps_per_epoch
     _announce(job, engine, len(train_split), sampler, scales, position)
-    last_save = time.monotonic()
+    clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
+    save_now = partial(_save, clock, job, engine, position, stopping, publish=publish)
 
     with Progress(style=config.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress:
-        while position.epoch < config.epochs and not position.stopped_early:
+        while position.epoch < config.epochs and not position.stopped_early and clock.total < budget:
             # ---- one epoch of optimizer steps -------------------------------------------------------------
             sampler.start(position.epoch, position.step)
-            for window in _windows(loader, job.grad_accum_steps):
+            evaluates = (position.epoch + 1) % config.eval_interval == 0 or position.epoch + 1 == config.epochs
+            for window in _windows(loader, job.grad_accum_steps, clock):
                 factor = schedule.factor(position.global_step)
-                terms = engine.optimizer_step(window, factor=factor, global_step=position.global_step)
+                with clock.running("step"):
+                    terms = engine.optimizer_step(
+                        window,
+                        factor=factor,
+                        global_step=position.global_step,
+                        image_names=train_split.table.file_names,
+                        stop_requested=stop_requested,
+                    )
+                if terms is None:
+                    save_now(LATEST)
+                    raise _terminated(position)
                 position.step += 1
                 position.global_step += 1
                 for name, value in terms.items():
@@ -147,44 +165,71 @@ def train(
                         loss=float(position.sums["loss"]) / position.step,
                         lr=config.lr * factor,
                     )
-                stopping_now = stop_requested()
-                if stopping_now or time.monotonic() - last_save > 60 * config.checkpoint_minutes:
-                    save(job, engine, position, stopping, LATEST, publish)
-                    last_save = time.monotonic()
-                if stopping_now:
-                    raise _terminated(position)
+                if clock.since_save > 60 * config.checkpoint_minutes:
+                    save_now(LATEST)
 
             # ---- the epoch's numbers ----------------------------------------------------------------------
             row: dict[str, Any] = {"epoch": position.epoch, "step": position.global_step - 1}
             row |= {f"train/{name}": float(value) / position.step for name, value in position.sums.items()}
             row["train/lr"] = config.lr * schedule.factor(position.global_step - 1)
-            if (position.epoch + 1) % config.eval_interval == 0 or position.epoch + 1 == config.epochs:
-                scores = _evaluate(job, engine, valid_split, valid_loader, stop_requested)
-                if scores is None:
-                    save(job, engine, position, stopping, LATEST, publish)
+            if evaluates or clock.total >= budget:
+                with clock.running("eval"):
+                    validation = validate(
+                        job,
+                        engine,
+                        models_to_evaluate(job, engine),
+                        valid_split,
+                        valid_loader,
+                        compute_loss=config.compute_val_loss is True,
+                        stop_requested=stop_requested,
+                    )
+                if validation is None:
+                    save_now(LATEST)
                     raise _terminated(position)
-                row |= _metric_row(scores, per_class=config.log_per_class_metrics)
-                progress.evaluated(max(metrics.map for metrics in scores.values()))
+                row |= validation.row("val", per_class=config.log_per_class_metrics)
+                progress.evaluated(max(metrics.map for metrics in validation.scores.values()))
+                smooth(job, position, validation.scores)
                 if position.epoch >= config.skip_best_epochs:
-                    keep_best(job, engine, position.best, scores, position.epoch, publish)
-                    position.stopped_early = config.early_stopping and _stops_early(job, stopping, scores)
+                    with clock.running("checkpoint"):
+                        keep_best(job, engine, position, validation.scores, position.epoch, publish)
+                    position.stopped_early = config.early_stopping and _stops_early(job, stopping, validation.scores)
+            row |= clock.lap()
             row["images_per_second"] = progress.images_per_second
             position.history.append(row)
             metrics_log.append(job.output, position.history)
             _tell(row, config.epochs)
+            clock.warn_of_waiting(config.num_workers)
 
             # ---- the epoch is over ------------------------------------------------------------------------
             position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
-            save(job, engine, position, stopping, LATEST, publish)
-            last_save = time.monotonic()
-            if position.epoch % config.checkpoint_interval == 0:
-                save(job, engine, position, stopping, periodic_name(position.epoch - 1), publish)
+            save_now(LATEST)
+            if position.epoch % config.checkpoint_interval == 0 and not config.dont_save_weights:
+                save_now(periodic_name(position.epoch - 1))
 
-    if not position.best:  # lost after the last epoch (see mend_best_files): the weights at hand are the best
-        scores = _evaluate(job, engine, valid_split, valid_loader, stop_requested)
-        if scores is None:
-            raise _terminated(position)
-        keep_best(job, engine, position.best, scores, position.epoch - 1, publish)
+        # ---- what is left to do when the last epoch is over -----------------------------------------------
+        if position.epoch < config.epochs and not position.stopped_early:
+            log.info("train.max_hours: %g h are over after epoch %d", config.max_hours or 0.0, position.epoch)
+        if not position.best:  # none was evaluated here: lost files (see mend_best_files), or resumed when finished
+            validation = validate(
+                job,
+                engine,
+                models_to_evaluate(job, engine),
+                valid_split,
+                valid_loader,
+                compute_loss=False,
+                stop_requested=stop_requested,
+            )
+            if validation is None:
+                raise _terminated(position)
+            smooth(job, position, validation.scores)
+            keep_best(job, engine, position, validation.scores, max(0, position.epoch - 1), publish)
+            save_now(LATEST)
+        if config.run_test and not any("test/" in name for past in position.history for name in past):
+            test_row = _test(job, engine, position, stop_requested)
+            position.history.append(test_row)
+            metrics_log.append(job.output, position.history)
+            save_now(LATEST)
+
     source = best_source(position.best)
     return TrainingResult(
         epochs=position.epoch,
@@ -199,43 +244,84 @@ def train(
     )
 
 
+def _save(
+    clock: Clock,
+    job: TrainingJob,
+    engine: Engine,
+    position: Position,
+    stopping: EarlyStopping,
+    name: str,
+    *,
+    publish: Publish,
+) -> None:
+    with clock.running("checkpoint"):
+        position.seconds = clock.total
+        save(job, engine, position, stopping, name, publish)
+    if name == LATEST:
+        clock.saved()
+
+
+def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+    """A row of metrics: the best weights on the test split."""
+    trained = checkpoint.load_trained(job.checkpoints / BEST_TOTAL)
+    split = job.dataset.split("test")
+    models: dict[Source, nn.Module] = {"regular": trained.module.to(engine.device)}
+    loss = job.train.compute_test_loss
+    loader = _eval_loader(job, engine, split)
+    found = validate(job, engine, models, split, loader, compute_loss=loss, stop_requested=stop_requested)
+    if found is None:
+        raise _terminated(position)
+    log.info("best weights on the test split: mAP %.3f", found.scores["regular"].map)
+    row: dict[str, Any] = {"epoch": position.epoch, "step": max(0, position.global_step - 1)}
+    return row | found.row("test", per_class=job.train.log_per_class_metrics)
+
+
 def _loaders(
     job: TrainingJob, engine: Engine, sampler: EpochSampler, train: PreparedSplit, valid: PreparedSplit, seed: int
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Training batches in the sampler's order, and every validation image once."""
     config = job.train
-    settings = LoaderSettings(config.num_workers, config.pin_memory, config.persistent_workers, config.prefetch_factor)
     train_batches = train_loader(
         train,
         sampler,
-        settings,
+        _loader_settings(config),
         engine.device,
         seed=seed,
         scale_jitter=config.scale_jitter,
         flip=config.aug_config is None,
     )
-    eval_batches = eval_loader(
-        valid,
-        settings,
+    train_batches.generator = torch.Generator()
+    return train_batches, _eval_loader(job, engine, valid)
+
+
+def _eval_loader(job: TrainingJob, engine: Engine, split: PreparedSplit) -> DataLoader[Any]:
+    """Every image of a split once."""
+    batches = eval_loader(
+        split,
+        _loader_settings(job.train),
         engine.device,
         resolution=job.model.resolution,
-        batch_size=config.eval_batch_size or job.batch_size,
+        batch_size=job.train.eval_batch_size or job.batch_size,
     )
-    for loader in (train_batches, eval_batches):
-        # A loader draws a number whenever it begins. From torch's own stream, which drop path reads on a CPU, a
-        # resumed epoch would draw once more than an uninterrupted one.
-        loader.generator = torch.Generator()
-    return train_batches, eval_batches
+    # A loader draws a number whenever it begins. From torch's own stream, which drop path reads on a CPU, a resumed
+    # epoch would draw once more than an uninterrupted one.
+    batches.generator = torch.Generator()
+    return batches
 
 
-def _windows(loader: DataLoader[Any], accum: int) -> Iterator[list[Batch]]:
+def _loader_settings(config: TrainConfig) -> LoaderSettings:
+    return LoaderSettings(config.num_workers, config.pin_memory, config.persistent_workers, config.prefetch_factor)
+
+
+def _windows(loader: DataLoader[Any], accum: int, clock: Clock) -> Iterator[list[Batch]]:
     """Groups of `accum` micro-batches: what one optimizer step consumes."""
-    window: list[Batch] = []
-    for batch in loader:
-        window.append(batch)
-        if len(window) == accum:
-            yield window
-            window = []
+    batches = iter(loader)
+    while True:
+        with clock.running("data_wait"):
+            window = list(islice(batches, accum))
+        if not window:
+            return
+        yield window
 
 
 def _terminated(position: Position) -> Terminated:
@@ -264,69 +350,6 @@ def _announce(
     )
     if position.global_step:
         log.info("continuing after epoch %d, optimizer step %d", position.epoch, position.global_step)
-
-
-def _evaluate(
-    job: TrainingJob,
-    engine: Engine,
-    split: PreparedSplit,
-    loader: DataLoader[Any],
-    stop_requested: Callable[[], bool],
-) -> dict[Source, CocoMetrics] | None:
-    """Validation metrics of the EMA, and of the raw weights if asked for or alone; None if a stop was asked for.
-
-    Each batch is read once and run through both.
-    """
-    models: dict[Source, nn.Module] = {}
-    if engine.ema is None or job.train.eval_base_model:
-        models["regular"] = engine.raw_model.eval()
-    if engine.ema is not None:
-        models["ema"] = engine.ema.module
-    parts: dict[Source, list[Detections]] = {source: [] for source in models}
-    hint = "lower train.eval_batch_size"
-    for batch in loader:
-        with memory_errors(f"on {engine.device} in evaluation at batch size {len(batch.counts)}", hint=hint):
-            for source, model in models.items():
-                detections = predict_split(
-                    model,
-                    [batch],
-                    split.table,
-                    num_select=job.model.num_select,
-                    num_classes=len(job.dataset.class_map),
-                    device=engine.device,
-                    autocast=engine.autocast,
-                )
-                parts[source].append(detections)
-        if stop_requested():
-            return None
-    engine.model.train()
-    return {
-        source: coco_metrics(
-            split.table, job.dataset.class_map, Detections.concatenate(found), max_dets=job.train.eval_max_dets
-        )
-        for source, found in parts.items()
-    }
-
-
-def _metric_row(scores: dict[Source, CocoMetrics], *, per_class: bool) -> dict[str, float]:
-    """Names as in training spec section 8."""
-    row: dict[str, float] = {}
-    for source, metrics in scores.items():
-        prefix = "val/ema_" if source == "ema" else "val/"
-        numbers = {
-            "mAP_50_95": metrics.map,
-            "mAP_50": metrics.map50,
-            "mAP_75": metrics.map75,
-            "mAR": metrics.mar,
-            "F1": metrics.f1,
-            "F1_threshold": metrics.f1_threshold,
-            "precision": metrics.precision,
-            "recall": metrics.recall,
-        }
-        row |= {prefix + name: value for name, value in numbers.items()}
-        if per_class:
-            row |= {f"{prefix}AP/{name}": v["ap"] for name, v in metrics.per_class.items() if v["ap"] >= 0}
-    return row
 
 
 def _stops_early(job: TrainingJob, stopping: EarlyStopping, scores: dict[Source, CocoMetrics]) -> bool:

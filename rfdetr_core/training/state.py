@@ -6,17 +6,17 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.evaluation.metrics import CocoMetrics
-from rfdetr_core.models.weight_file import WeightFile
+from rfdetr_core.models.weight_file import WeightFile, read_weight_file
 from rfdetr_core.models.weights import LoadReport, load_pretrained
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source
@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 class TrainingJob:
     """What to train, on what, and where to leave it.
 
-    `inputs` identifies configuration, data and start weights: a checkpoint of other inputs is not continued.
-    `start_weights` is asked when a new training begins, and not when one is continued; None starts from random ones.
+    `inputs` identifies configuration, data and start weights: a checkpoint of other inputs is not continued by itself.
+    `start_weights` and `resume` are asked when a new training begins, and not when one is continued. `resume` gives a
+    checkpoint file to go on from, or weights; without both, the weights are drawn.
     """
 
     model: ModelConfig
@@ -45,6 +46,7 @@ class TrainingJob:
     grad_accum_steps: int
     inputs: str
     start_weights: Callable[[], WeightFile] | None = None
+    resume: Callable[[], Path] | None = None
 
 
 @dataclass
@@ -55,30 +57,104 @@ class Position:
     epoch: int = 0
     step: int = 0
     global_step: int = 0
-    best: dict[Source, dict[str, float]] = field(default_factory=dict)  # source -> score, epoch
+    best: dict[Source, dict[str, float]] = field(default_factory=dict)  # source -> score, epoch, smoothed score
+    smoothed: float = 0.0  # the raw weights' metric over the evaluations so far
     stopped_early: bool = False
+    seconds: float = 0.0  # spent so far, over all processes
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms of this epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
     start: dict[str, Any] | None = None  # what was loaded before the first step, if anything
+    skipped: list[int] = field(default_factory=list)  # positions of unreadable training images
+    trackers: dict[str, str] = field(default_factory=dict)  # ids of this training in W&B and MLflow
+
+    def align(self, steps_per_epoch: int) -> None:
+        """Take over a position of a training with epochs of another length: an epoch begun is begun anew."""
+        if self.global_step != self.epoch * steps_per_epoch + self.step:
+            self.step, self.global_step, self.sums = 0, self.epoch * steps_per_epoch, {}
+            log.warning("an epoch has %d optimizer steps now: epoch %d begins anew", steps_per_epoch, self.epoch + 1)
 
 
-def resumable(job: TrainingJob) -> dict[str, Any] | None:
-    """The content of `checkpoint.pth` if it is of the same inputs.
+@dataclass(frozen=True)
+class Beginning:
+    """What a training goes on from: a checkpoint's `content`; else `weights`, or drawn ones."""
 
-    If not, the folder is cleared: files of two trainings must not lie side by side under the same names.
+    content: Mapping[str, Any] | None = None
+    weights: Callable[[], WeightFile] | None = None
+
+
+def beginning(job: TrainingJob) -> Beginning:
+    """The newest whole checkpoint of the same inputs; else `job.resume`; else `job.start_weights`.
+
+    Where another training begins, the folder is cleared: files of two trainings must not lie side by side under the
+    same names.
 
     Raises:
-        CheckpointError: it is unreadable.
+        CheckpointError: a checkpoint is unreadable, or `job.resume` is of another architecture or other classes.
     """
-    path = job.checkpoints / LATEST
-    if path.exists():
+    found = checkpoint.newest_whole(job.checkpoints)
+    if found is not None and found[1].get("inputs") == job.inputs:
+        return Beginning(content=found[1])
+    if job.resume is not None:
+        return _resumed(job, job.resume())
+    if found is not None:
+        log.warning("%s was made with another configuration or dataset: training starts anew", found[0].name)
+    _clear(job.checkpoints)
+    return Beginning(weights=job.start_weights)
+
+
+def _resumed(job: TrainingJob, path: Path) -> Beginning:
+    """Go on from a file that the user named: fully from a checkpoint, with its weights only from any other."""
+    try:
         content = checkpoint.load(path)
-        if content.get("inputs") == job.inputs:
-            return content
-        log.warning("%s was made with another configuration or dataset: training starts anew", path.name)
-    for stale in checkpoint.own_files(job.checkpoints):
+    except CheckpointError as error:
+        if not path.exists():
+            raise CheckpointError(f"train.resume: {path}: no such file", hint="check the path") from error
+        content = {}  # no checkpoint of ours, or damaged: the reader of weight files tells
+    if "position" not in content:
+        log.warning("train.resume: %s holds weights only: optimizer and schedule start from step 0", path.name)
+        _clear(job.checkpoints)
+        return Beginning(weights=partial(read_weight_file, path))
+    refuse_another_detector(job, content, path)
+    position = {**content["position"], "stopped_early": False, "seconds": 0.0, "trackers": {}}
+    if path.parent.resolve() != job.checkpoints.resolve():
+        _clear(job.checkpoints)
+        position["best"] = {}  # of files that lie elsewhere
+    log.info("resuming %s after epoch %d, optimizer step %d", path, position["epoch"], position["global_step"])
+    return Beginning(content={**content, "position": position})
+
+
+def refuse_another_detector(job: TrainingJob, content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint whose weights mean something else.
+
+    Raises:
+        CheckpointError: other classes, or another architecture; the message names the difference.
+    """
+    hint = "resume with the settings that it was trained with, or give it as pretrain_weights"
+    classes = [row["name"] for row in content.get("classes", ())]
+    names = list(job.dataset.class_map.names)
+    if classes != names:
+        gone, new = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
+        what = "; ".join(
+            f"{text} {', '.join(part[:8])}" for text, part in (("it alone has", gone), ("it lacks", new)) if part
+        )
+        raise CheckpointError(f"{path}: is of other classes: {what or 'another order'}", hint=hint)
+    theirs, ours = content.get("config", {}), job.model.model_dump(mode="json")
+    differing = [
+        f"{name} {theirs.get(name)}, here {ours[name]}"
+        for name in sorted(ARCHITECTURE & ours.keys())
+        if name in theirs and theirs[name] != ours[name]
+    ]
+    if differing:
+        raise CheckpointError(f"{path}: is of another architecture: {'; '.join(differing)}", hint=hint)
+
+
+ARCHITECTURE = {*checkpoint.PUBLISHED_FIELDS} - {"resolution", "num_select", "ia_bce_loss"}
+"""Fields of ModelConfig that decide which tensors there are, and of which shape."""
+
+
+def _clear(folder: Path) -> None:
+    for stale in checkpoint.own_files(folder):
         stale.unlink()
-    return None
 
 
 def start_position(content: Mapping[str, Any] | None, seed: int | None) -> Position:
@@ -95,15 +171,13 @@ def start_position(content: Mapping[str, Any] | None, seed: int | None) -> Posit
         raise _misfit(error) from error
 
 
-def load_start_weights(job: TrainingJob, engine: Engine, position: Position) -> None:
-    """Begin a new training from `job.start_weights`: the model, and the average from the same.
+def load_start_weights(weights: Callable[[], WeightFile], engine: Engine, position: Position) -> None:
+    """Begin a new training from weights: the model, and the average from the same.
 
     Raises:
         CheckpointError: they cannot be read, or do not fit.
     """
-    if job.start_weights is None:
-        return
-    report = load_pretrained(engine.raw_model, job.start_weights())
+    report = load_pretrained(engine.raw_model, weights())
     if engine.ema is not None:
         engine.ema.module.load_state_dict(engine.raw_model.state_dict())
     tell(report)
@@ -125,16 +199,16 @@ def restore(content: Mapping[str, Any], engine: Engine, stopping: EarlyStopping,
     """
     try:
         engine.raw_model.load_state_dict(content["model"])
+        decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         engine.optimizer.load_state_dict(content["optimizer"])
+        for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # the configuration's, which a resumed training may change
         if engine.ema is not None:
             engine.ema.module.load_state_dict(content["ema_model"])
             engine.ema.updates = content["ema_updates"]
         stopping.best, stopping.wait = content["early_stopping"]["best"], content["early_stopping"]["wait"]
         position.sums = {name: value.to(engine.device) for name, value in position.sums.items()}
-        torch.set_rng_state(content["rng"]["torch"])
-        # A run may go on on another kind of device: what that one lacks starts afresh.
-        if engine.device.type == "cuda" and "cuda" in content["rng"]:
-            torch.cuda.set_rng_state(content["rng"]["cuda"], engine.device)
+        engine.set_random_state(content["rng"])
         if content["scaler"]:
             engine.fabric.strategy.precision.load_state_dict(content["scaler"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -155,19 +229,36 @@ def mend_best_files(job: TrainingJob, best: dict[Source, dict[str, float]], publ
     Files reach a store one by one: a pod may be lost when it has the newest checkpoint, but not yet the best
     weights that this checkpoint tells of. Then the next evaluation counts as the first.
     """
+    total = job.checkpoints / BEST_TOTAL
+    if job.train.dont_save_weights:  # there is no other file
+        found = _readable(total)
+        if best and (not found or found["epoch"] < best[best_source(best)]["epoch"]):
+            log.warning("%s was lost: the next evaluation counts", BEST_TOTAL)
+            best.clear()
+        return
     for source, record in list(best.items()):
         path = job.checkpoints / checkpoint.best_name(source)
-        if not path.exists() or checkpoint.load(path)["epoch"] < record["epoch"]:
+        found = _readable(path)
+        if not found or found["epoch"] < record["epoch"]:
             log.warning("%s of epoch %d was lost: the next evaluation counts", path.name, int(record["epoch"]) + 1)
             del best[source]
     if not best:
         return
-    total, source = job.checkpoints / BEST_TOTAL, best_source(best)
+    source = best_source(best)
     content = checkpoint.load(job.checkpoints / checkpoint.best_name(source))
-    found = checkpoint.load(total) if total.exists() else {}
+    found = _readable(total)
     if (found.get("source"), found.get("epoch")) != (source, content["epoch"]):
         checkpoint.save(content, total)
         publish(total)
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    """The content of a best file; empty if it is absent or damaged."""
+    try:
+        return checkpoint.load(path) if path.exists() else {}
+    except CheckpointError as error:
+        log.warning("%s", error.message)
+        return {}
 
 
 def best_source(best: Mapping[Source, Mapping[str, float]]) -> Source:
@@ -182,17 +273,23 @@ def best_source(best: Mapping[Source, Mapping[str, float]]) -> Source:
 def keep_best(
     job: TrainingJob,
     engine: Engine,
-    best: dict[Source, dict[str, float]],
+    position: Position,
     scores: Mapping[Source, CocoMetrics],
     epoch: int,
     publish: Publish,
 ) -> None:
-    """Write the best files that the evaluation of `epoch` improves on, and note it in `best`; the first counts."""
+    """Write the best files that the evaluation of `epoch` improves on, and note it in `position.best`.
+
+    The first evaluation counts. `smooth_alpha` decides by the smoothed score of the raw weights whether they are
+    better; which kind is the best overall is decided by the scores themselves (training spec 5.2).
+    """
+    best = position.best
     improved: list[Source] = []
     for source, metrics in scores.items():
         score = monitored(job.train, metrics)
-        if source not in best or score > best[source]["score"]:
-            best[source] = {"score": score, "epoch": epoch}
+        decisive = position.smoothed if source == "regular" else score
+        if source not in best or decisive > best[source]["decisive"]:
+            best[source] = {"score": score, "decisive": decisive, "epoch": epoch}
             improved.append(source)
     for source in improved:
         module = engine.ema.module if source == "ema" and engine.ema is not None else engine.raw_model
@@ -201,15 +298,23 @@ def keep_best(
             "source": source,
             "epoch": epoch,
             "metrics": scores[source].to_json(),
-            **checkpoint.published_sections(job.model, job.dataset.class_map.names),
+            **checkpoint.published_sections(job.model, job.dataset.class_map.names, notes=job.train.notes),
             **_provenance(job),
         }
-        total = [BEST_TOTAL] if source == best_source(best) else []
-        for name in (checkpoint.best_name(source), *total):
+        names = [] if job.train.dont_save_weights else [checkpoint.best_name(source)]
+        names += [BEST_TOTAL] if source == best_source(best) else []
+        for name in names:
             checkpoint.save(content, job.checkpoints / name)
             publish(job.checkpoints / name)
     if improved:
         log.info("best so far: %s", "  ".join(f"{source} {kept['score']:.4f}" for source, kept in best.items()))
+
+
+def smooth(job: TrainingJob, position: Position, scores: Mapping[Source, CocoMetrics]) -> None:
+    """Follow the raw weights' metric: m <- a m + (1 - a) score, from 0 (training spec 5.2)."""
+    if "regular" in scores:
+        alpha = job.train.smooth_alpha
+        position.smoothed = alpha * position.smoothed + (1.0 - alpha) * monitored(job.train, scores["regular"])
 
 
 def monitored(train: TrainConfig, metrics: CocoMetrics) -> float:
@@ -221,9 +326,6 @@ def save(
     job: TrainingJob, engine: Engine, position: Position, stopping: EarlyStopping, name: str, publish: Publish
 ) -> None:
     """Write everything needed to continue after the last optimizer step."""
-    rng = {"torch": torch.get_rng_state()}
-    if engine.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(engine.device)
     content = {
         "model": engine.raw_model.state_dict(),
         "ema_model": engine.ema.module.state_dict() if engine.ema is not None else None,
@@ -231,7 +333,7 @@ def save(
         "optimizer": engine.optimizer.state_dict(),
         "scaler": engine.fabric.strategy.precision.state_dict(),
         "early_stopping": {"best": stopping.best, "wait": stopping.wait},
-        "rng": rng,
+        "rng": engine.random_state(),
         "position": {part.name: getattr(position, part.name) for part in fields(position)},
         **_provenance(job),
     }

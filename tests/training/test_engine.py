@@ -19,6 +19,7 @@ from rfdetr_core.training.engine import (
     choose_precision,
     fabric_accelerator,
     memory_errors,
+    smaller_batch,
 )
 from tests.training import tiny
 
@@ -118,10 +119,24 @@ class TestNonFinite:
             return original(self, losses) * (value if calls[0] == 2 else 1.0)  # the second of three
 
         monkeypatch.setattr(Criterion, "total", total)
-        with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at optimizer step 1 ") as caught:
-            engine.optimizer_step(BATCHES, factor=1.0, global_step=1)
+        with pytest.raises(
+            TrainingError, match=r"the loss is not finite \(loss (nan|inf)\) at optimizer step 1, images b0, b1 "
+        ) as caught:
+            engine.optimizer_step(BATCHES, factor=1.0, global_step=1, image_names=["b0", "b1", "b2", "b3"])
         assert caught.value.exit_code == 2
         assert not tiny.differing(before, everything(engine))
+
+    def test_the_loss_term_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine = tiny_engine()
+        original = Criterion.forward
+
+        def broken(self: Criterion, *args: Any) -> dict[str, Tensor]:
+            terms = original(self, *args)
+            return {**terms, "loss_giou_enc": terms["loss_giou_enc"] * float("nan")}
+
+        monkeypatch.setattr(Criterion, "forward", broken)
+        with pytest.raises(TrainingError, match=r"\(loss_giou_enc nan, loss nan\) at optimizer step 3, images 0, 1, 0"):
+            engine.optimizer_step(BATCHES, factor=1.0, global_step=3)
 
     def test_a_gradient_aborts_as_well(self) -> None:
         engine = tiny_engine()
@@ -134,10 +149,10 @@ class TestNonFinite:
     def test_an_overflow_under_fp16_is_left_to_the_gradient_scaler(self) -> None:
         engine = tiny_engine()
         engine.precision = "16-mixed"
-        finite, infinite = torch.tensor(1.0), torch.tensor(float("inf"))
-        engine._refuse_non_finite(finite, infinite, 0)
+        finite, infinite = torch.tensor([[1.0]]), torch.tensor([[float("inf")]])
+        engine._refuse_non_finite(["loss"], finite, infinite[0, 0], BATCHES[:1], 0, None)
         with pytest.raises(TrainingError):
-            engine._refuse_non_finite(infinite, finite, 0)
+            engine._refuse_non_finite(["loss"], infinite, finite[0, 0], BATCHES[:1], 0, None)
 
 
 class TestMemory:
@@ -158,13 +173,26 @@ class TestMemory:
             raise error
 
         monkeypatch.setattr(RFDETR, "forward", forward)
-        with pytest.raises(DeviceMemoryError, match="out of memory on cpu at batch size 2 ") as caught:
+        with pytest.raises(
+            DeviceMemoryError, match=r"out of memory on cpu at batch size 2, 32 px, peak \d.* of .* GiB "
+        ) as caught:
             engine.optimizer_step(BATCHES, factor=1.0, global_step=0)
         assert caught.value.exit_code == 2
-        assert "batch_size" in caught.value.hint
+        assert caught.value.hint.startswith("train.batch_size: 1 with train.grad_accum_steps: 6 ")
+
+    @pytest.mark.parametrize(
+        ("batch", "accum", "advice"),
+        [
+            (6, 2, "train.batch_size: 4 with train.grad_accum_steps: 3 "),
+            (5, 1, "train.batch_size: 1 with"),
+            (1, 4, "lower"),
+        ],
+    )
+    def test_the_advice_keeps_the_effective_batch(self, batch: int, accum: int, advice: str) -> None:
+        assert smaller_batch(batch, accum).startswith(advice)
 
     def test_other_errors_pass(self) -> None:
-        with pytest.raises(RuntimeError, match="shapes"), memory_errors("here", hint=""):
+        with pytest.raises(RuntimeError, match="shapes"), memory_errors("here", hint="", device=torch.device("cpu")):
             raise RuntimeError("shapes do not agree")
 
 

@@ -26,7 +26,8 @@ from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.weight_file import WeightFile, read_weight_file
-from rfdetr_core.training import checkpoint, loop
+from rfdetr_core.training import checkpoint, loop, validation
+from rfdetr_core.training.clock import Clock
 from rfdetr_core.training.criterion import Criterion
 from rfdetr_core.training.engine import Engine
 from rfdetr_core.training.loop import TrainingJob, train
@@ -103,7 +104,7 @@ class Scores:
             self.evaluations = calls // len(series)
             return dataclasses.replace(coco_metrics(*args, **kwargs), **{metric: next(values)})
 
-        monkeypatch.setattr(loop, "coco_metrics", scored)
+        monkeypatch.setattr(validation, "coco_metrics", scored)
 
 
 class TestReproducibility:
@@ -149,9 +150,9 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("calls", "stops"),
-        # Five steps and two evaluated batches an epoch: 3 stops within the steps, in the middle and at the end of an
-        # evaluation; 5 after the last step; 4 across the border of the epochs.
-        [(3, 5), (5, 2), (4, 3)],
+        # An epoch has five steps, with a question before each of their two micro-batches, and two evaluated batches:
+        # 3 stops between steps and in the evaluation, 4 within a step, 5 also across the border of the epochs.
+        [(3, 11), (4, 11), (5, 5)],
     )
     def test_stopped_anywhere(
         self, dataset: PreparedDataset, tmp_path: Path, whole: Path, calls: int, stops: int
@@ -171,7 +172,7 @@ class TestResume:
     def test_the_stop_is_clean(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         job = tiny.job(dataset, tmp_path, **INTERRUPTED)
         with pytest.raises(Terminated, match=r"after optimizer step 3 .*same command again") as caught:
-            train(job, stop_requested=stop_at(3))
+            train(job, stop_requested=stop_at(8))  # within the fourth
         assert caught.value.exit_code == 143
         position = latest(tmp_path)["position"]
         assert (position["epoch"], position["step"], position["global_step"]) == (0, 3, 3)
@@ -408,7 +409,7 @@ class TestFiles:
             seen.append(detections)
             return coco_metrics(table, class_map, detections, **settings)
 
-        monkeypatch.setattr(loop, "coco_metrics", record)
+        monkeypatch.setattr(validation, "coco_metrics", record)
         train(tiny.job(dataset, tmp_path, epochs=1, lr=2e-3))
         for source, expected in zip(("regular", "ema"), seen, strict=True):
             path = tmp_path / f"checkpoint_best_{source}.pth"
@@ -620,8 +621,10 @@ class TestEvaluation:
         def predict(*_: Any, **__: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(loop, "predict_split", predict)
-        with pytest.raises(DeviceMemoryError, match=r"in evaluation at batch size 3 \(lower train\.eval_batch_size\)"):
+        monkeypatch.setattr(validation, "detections_of", predict)
+        with pytest.raises(
+            DeviceMemoryError, match=r"in evaluation at batch size 3, peak .* \(lower train\.eval_batch_size\)"
+        ):
             train(tiny.job(dataset, tmp_path, epochs=1, eval_batch_size=3))
 
 
@@ -672,7 +675,9 @@ def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_checkpoint(
     calls, total = iter(range(100)), Criterion.total
     monkeypatch.setattr(Criterion, "total", lambda *args: total(*args) * (float("nan") if next(calls) == 7 else 1))
     job = tiny.job(dataset, tmp_path, epochs=2)
-    with pytest.raises(TrainingError, match="the loss is nan at optimizer step 7 ") as caught:
+    with pytest.raises(
+        TrainingError, match=r"the loss is not finite \(loss nan\) at optimizer step 7, images train_\d+\.jpg, train_"
+    ) as caught:
         train(job)
     assert "\n" not in str(caught.value)
     content = latest(tmp_path)
@@ -685,7 +690,7 @@ class TestWindows:
     def test_64_images_make_6_steps_of_3_micro_batches_of_4(self) -> None:
         sampler = EpochSampler(64, batch_size=4, grad_accum_steps=3, seed=0, scales=[32])
         micro_batches = list(sampler)
-        windows: list[Any] = list(loop._windows(sampler, 3))
+        windows: list[Any] = list(loop._windows(sampler, 3, Clock(0.0)))
         assert (len(micro_batches), sampler.steps_per_epoch) == (18, 6)
         assert [len(window) for window in windows] == [3] * 6
         assert [batch for window in windows for batch in window] == micro_batches
