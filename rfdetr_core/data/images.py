@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # EXIF orientations that exchange width and height, and those whose turning reverses the displayed x or y.
 SWAPS_AXES = frozenset({5, 6, 7, 8})
@@ -35,6 +35,15 @@ def decode_image(data: bytes, orientation: int, *, at_least: int | None = None) 
         image.draft("RGB", (at_least, at_least))
     image.load()
     return _turned(to_rgb(image), orientation)
+
+
+def why_unreadable(error: Exception, data: bytes) -> str:
+    """One line on what decoding raised, for people."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels (a decompression bomb?)"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format that Pillow knows" if data else "empty file"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

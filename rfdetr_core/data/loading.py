@@ -1,7 +1,8 @@
 """Batches for training and evaluation.
 
 Order and augmentation depend only on (seed, epoch, index): not on the number of workers, not on where a run
-was interrupted. Pixels travel as uint8 and boxes as one packed array per batch.
+was interrupted. Pixels travel as uint8 and boxes as one packed array per batch. An error of ours in a worker
+arrives in the training process as the same exception, in one line: torch itself would send its traceback as text.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rfdetr_core.data.images import REVERSES_X, REVERSES_Y
+from rfdetr_core.config.augment import AugConfig, parse_augmentations
+from rfdetr_core.data.augment import augment
+from rfdetr_core.data.images import REVERSES_X, REVERSES_Y, decode_image, why_unreadable
 from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.data.transforms import View, draw_view, normalise, to_square, view_boxes
+from rfdetr_core.data.transforms import View, aspect_size, draw_view, normalise, resample, to_square, view_boxes
+from rfdetr_core.errors import DatasetError, RFDETRError
 
 MIN_STEPS_PER_EPOCH = 5  # a tiny dataset is sampled with replacement up to this (training spec 4.5)
 
@@ -34,50 +40,166 @@ class Draw(NamedTuple):
     side: int
 
 
+class Item(NamedTuple):
+    """One image on its way into a batch."""
+
+    pixels: NDArray[np.uint8]  # (H, W, 3)
+    boxes: NDArray[np.float32]  # (n, 4) cx cy w h in [0, 1] of these pixels
+    labels: NDArray[np.int64]  # (n,)
+    image: int  # position in the split's table
+    skipped: tuple[int, ...] = ()  # positions of unreadable images in whose place this one stands
+
+
 @dataclass(frozen=True)
 class Batch:
-    """B images and the N boxes of all of them, packed."""
+    """B images and the N boxes of all of them, packed.
 
-    pixels: Tensor  # (B, 3, S, S) uint8
+    Where images differ in size they stand at the top left, the rest is padding; boxes are relative to the image
+    itself, not to the padded extent (model spec 4.1).
+    """
+
+    pixels: Tensor  # (B, 3, H, W) uint8
     boxes: Tensor  # (N, 4) float32, cx cy w h in [0, 1]
     labels: Tensor  # (N,) int64
     counts: tuple[int, ...]  # boxes of each image
     images: tuple[int, ...]  # positions in the split's table
+    sizes: tuple[tuple[int, int], ...] | None = None  # height, width of each image; None: nothing is padded
+    skipped: tuple[int, ...] = ()  # positions of unreadable images that others stand in for
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, H, W) bool, True on padding; None when nothing is padded. On the host."""
+        return self.mask_on(torch.device("cpu"))
+
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """`mask`, made on the device: only the sizes travel."""
+        if self.sizes is None:
+            return None
+        height, width = self.pixels.shape[-2:]
+        heights, widths = torch.tensor(self.sizes, device=device).T  # (B,) each
+        below = torch.arange(height, device=device) >= heights[:, None]  # (B, H)
+        right = torch.arange(width, device=device) >= widths[:, None]  # (B, W)
+        padding: Tensor = below[:, :, None] | right[:, None, :]
+        return padding
 
     def pin_memory(self) -> Batch:
         """Called by the data loader: page-locked tensors, for asynchronous copies to a GPU."""
-        return Batch(
-            self.pixels.pin_memory(), self.boxes.pin_memory(), self.labels.pin_memory(), self.counts, self.images
-        )
+        pinned = {name: getattr(self, name).pin_memory() for name in ("pixels", "boxes", "labels")}
+        return replace(self, **pinned)
 
     def on(self, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The network's input (B, 3, S, S) float32, and one target dict (labels, boxes) per image."""
+        """The network's input (B, 3, H, W) float32, 0 on padding, and one target dict (labels, boxes) per image."""
         pixels = normalise(self.pixels.to(device, non_blocking=True))
+        mask = self.mask_on(device)
+        if mask is not None:
+            pixels.masked_fill_(mask[:, None], 0.0)
         boxes = torch.split(self.boxes.to(device, non_blocking=True), list(self.counts))
         labels = torch.split(self.labels.to(device, non_blocking=True), list(self.counts))
         return pixels, [{"labels": n, "boxes": b} for n, b in zip(labels, boxes, strict=True)]
 
 
-class TrainImages(Dataset[Any]):
-    """Augmented training images; crowd regions are no targets."""
+class _Images(Dataset[Any]):
+    """Decoding with errors for people; `__getitem__` raises them, the data loader gets them as a value."""
 
-    def __init__(self, split: PreparedSplit, *, seed: int, scale_jitter: bool, flip: bool) -> None:
-        self._split, self._seed = split, seed
-        self._scale_jitter, self._flip = scale_jitter, flip
+    def __init__(self, split: PreparedSplit, purpose: str) -> None:
+        self._split, self._purpose = split, purpose
 
-    def __getitem__(self, draw: Draw) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64], int]:
+    def __getitems__(self, keys: Sequence[Any]) -> list[Item] | RFDETRError:
+        """What a DataLoader asks for: the items of a batch, or why there are none (see `BatchLoader`)."""
+        try:
+            return [self[key] for key in keys]
+        except RFDETRError as error:
+            return error
+
+    def _decoded(self, image: int, *, at_least: int | None = None) -> Image.Image | str:
+        """One image, RGB and upright; or why it cannot be read. A damaged shard is an error in itself."""
+        data = self._split.read_bytes(image)
+        try:
+            return decode_image(data, int(self._split.index.orientations[image]), at_least=at_least)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders let a broken file raise whatever it leads them to
+            return why_unreadable(error, data)
+
+    def _unreadable(self, image: int, reason: str, advice: str = "") -> DatasetError:
+        name, total = self._split.table.file_names[image], len(self._split)
+        return DatasetError(
+            f"{self._purpose} image {name} (number {image + 1} of {total}) cannot be read: {reason}",
+            hint=f"mend or remove it in the source and prepare the dataset again{advice}",
+        )
+
+    def _targets(self, image: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Boxes (n, 4) x1, y1, x2, y2 in pixels and labels (n,); crowd regions are no targets."""
+        table = self._split.table
+        rows = table.rows(image)
+        usable = ~table.crowd[rows]
+        return table.boxes[rows][usable], table.labels[rows][usable]
+
+
+class TrainImages(_Images):
+    """Augmented training images (training spec 3.3 and 3.5).
+
+    Args:
+        flip: mirror half of them; for `aug_config: null`, which is nothing but that.
+        aug_config: augmentations in the vocabulary of `rfdetr_core.config.augment`, after the resize.
+        square: resample to a square; otherwise the shorter side becomes the drawn one, of at most 1333 px.
+        skip_corrupt: unreadable images that one item may pass over, taking others in their place.
+    """
+
+    def __init__(
+        self,
+        split: PreparedSplit,
+        *,
+        seed: int,
+        scale_jitter: bool,
+        flip: bool,
+        aug_config: AugConfig | None = None,
+        square: bool = True,
+        skip_corrupt: int = 0,
+    ) -> None:
+        super().__init__(split, "training")
+        self._seed, self._scale_jitter, self._flip = seed, scale_jitter, flip
+        self._augmentations = parse_augmentations(aug_config)
+        self._square, self._skip_corrupt = square, skip_corrupt
+
+    def __getitem__(self, draw: Draw) -> Item:
+        found = self._view(draw)
+        if isinstance(found, Item):
+            return found
+        # Who stands in depends on what is asked for and on nothing else, so a resumed run meets the same images.
+        others = np.random.default_rng([self._seed, draw.epoch, draw.image, 1])
+        skipped = [draw.image]
+        while len(skipped) <= self._skip_corrupt and len(skipped) < len(self._split):
+            other = int(others.integers(len(self._split)))
+            if other in skipped:
+                continue
+            instead = self._view(draw._replace(image=other))
+            if isinstance(instead, Item):
+                return instead._replace(skipped=tuple(skipped))
+            skipped.append(other)
+        allowed = f", or allow more than train.skip_corrupt: {self._skip_corrupt}"
+        raise self._unreadable(draw.image, found, allowed)
+
+    def _view(self, draw: Draw) -> Item | str:
+        """The image as it is seen in this epoch, or why it cannot be read."""
         rng = np.random.default_rng([self._seed, draw.epoch, draw.image])
         table = self._split.table
         width, height = int(table.widths[draw.image]), int(table.heights[draw.image])
         view = draw_view(rng, width, height, scale_jitter=self._scale_jitter, flip=self._flip)
-        # The window ends at `side` pixels: decode no more than what the resampling can use.
-        at_least = math.ceil(draw.side * min(width, height) / min(view.width, view.height))
-        image = self._split.decode(draw.image, at_least=at_least)
+        size = (draw.side, draw.side) if self._square else aspect_size(view, draw.side)
+        # The window ends at `size` pixels: decode no more than what the resampling can use.
+        shrink = max(size[0] / view.width, size[1] / view.height)
+        image = self._decoded(draw.image, at_least=math.ceil(shrink * min(width, height)))
+        if isinstance(image, str):
+            return image
         on_decoded = _on_decoded(view, image.size, (width, height), int(self._split.index.orientations[draw.image]))
-        rows = table.rows(draw.image)
-        usable = ~table.crowd[rows]
-        boxes, kept = view_boxes(table.boxes[rows][usable], view)
-        return to_square(image, draw.side, on_decoded), boxes, table.labels[rows][usable][kept], draw.image
+        boxes, labels = self._targets(draw.image)
+        unit_boxes, kept = view_boxes(boxes, view)
+        pixels, labels = resample(image, size, on_decoded), labels[kept]
+        if self._augmentations:
+            pixels, unit_boxes, kept = augment(pixels, unit_boxes, self._augmentations, rng)
+            labels = labels[kept]
+        return Item(pixels, unit_boxes, labels, draw.image)
 
 
 def _on_decoded(view: View, decoded: tuple[int, int], whole: tuple[int, int], orientation: int) -> View:
@@ -87,46 +209,105 @@ def _on_decoded(view: View, decoded: tuple[int, int], whole: tuple[int, int], or
     multiples; turned upright, they may be the first ones.
     """
     shrink = round(whole[0] / decoded[0])
-    return View(
-        view.left / shrink + (decoded[0] - whole[0] / shrink if orientation in REVERSES_X else 0.0),
-        view.top / shrink + (decoded[1] - whole[1] / shrink if orientation in REVERSES_Y else 0.0),
-        view.width / shrink,
-        view.height / shrink,
-        view.flip,
+    return view._replace(
+        left=view.left / shrink + (decoded[0] - whole[0] / shrink if orientation in REVERSES_X else 0.0),
+        top=view.top / shrink + (decoded[1] - whole[1] / shrink if orientation in REVERSES_Y else 0.0),
+        width=view.width / shrink,
+        height=view.height / shrink,
     )
 
 
-class EvalImages(Dataset[Any]):
-    """Images as evaluation, prediction and parity see them."""
+class EvalImages(_Images):
+    """Images as evaluation, prediction and parity see them: the whole image, to the square."""
 
     def __init__(self, split: PreparedSplit, resolution: int) -> None:
-        self._split, self._resolution = split, resolution
+        super().__init__(split, "evaluation")
+        self._resolution = resolution
 
     def __len__(self) -> int:
         return len(self._split)
 
-    def __getitem__(self, image: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64], int]:
+    def __getitem__(self, image: int) -> Item:
+        decoded = self._decoded(image)
+        if isinstance(decoded, str):
+            raise self._unreadable(image, decoded)
         table = self._split.table
-        rows = table.rows(image)
-        usable = ~table.crowd[rows]
+        boxes, labels = self._targets(image)
         whole = View(0.0, 0.0, float(table.widths[image]), float(table.heights[image]), flip=False)
-        boxes, kept = view_boxes(table.boxes[rows][usable], whole)
-        pixels = to_square(self._split.decode(image), self._resolution)
-        return pixels, boxes, table.labels[rows][usable][kept], image
+        unit_boxes, kept = view_boxes(boxes, whole)
+        return Item(to_square(decoded, self._resolution), unit_boxes, labels[kept], image)
 
 
-def collate(
-    items: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64], int]],
-) -> Batch:
-    """Stack pixels to (B, 3, S, S) and pack boxes."""
-    pixels, boxes, labels, images = zip(*items, strict=True)
+def collate(items: Sequence[Item], multiple: int = 1) -> Batch:
+    """Pack items to a batch whose sides are multiples of `multiple` pixels."""
+    sizes = tuple(item.pixels.shape[:2] for item in items)
+    height, width = (math.ceil(max(side) / multiple) * multiple for side in zip(*sizes, strict=True))
+    padded = any(size != (height, width) for size in sizes)
+    pixels = (np.zeros if padded else np.empty)((len(items), 3, height, width), dtype=np.uint8)
+    for target, item, (h, w) in zip(pixels, items, sizes, strict=True):
+        target[:, :h, :w] = item.pixels.transpose(2, 0, 1)
     return Batch(
-        pixels=torch.from_numpy(np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))),
-        boxes=torch.from_numpy(np.concatenate(boxes)),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        counts=tuple(len(b) for b in boxes),
-        images=tuple(images),
+        pixels=torch.from_numpy(pixels),
+        boxes=torch.from_numpy(np.concatenate([item.boxes for item in items])),
+        labels=torch.from_numpy(np.concatenate([item.labels for item in items])),
+        counts=tuple(len(item.boxes) for item in items),
+        images=tuple(item.image for item in items),
+        sizes=sizes if padded else None,
+        skipped=tuple(sorted({image for item in items for image in item.skipped})),
     )
+
+
+def _collate_or_pass(items: Sequence[Item] | RFDETRError, multiple: int) -> Batch | RFDETRError:
+    return items if isinstance(items, RFDETRError) else collate(items, multiple)
+
+
+class BatchLoader(DataLoader[Any]):
+    """A DataLoader that raises the error of ours that a worker met, as it was raised there."""
+
+    def __iter__(self) -> Any:
+        return _raising(super().__iter__())
+
+
+def _raising(batches: Iterator[Batch | RFDETRError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, RFDETRError):
+            raise batch
+        yield batch
+
+
+class SkippedImages:
+    """The distinct unreadable images that a training met, over all epochs and workers.
+
+    Args:
+        allowed: `train.skip_corrupt`.
+        known: positions that an earlier process of the same run met.
+    """
+
+    def __init__(self, file_names: NDArray[np.str_], allowed: int, known: Iterable[int] = ()) -> None:
+        self._names, self._allowed = file_names, allowed
+        self.positions = set(known)
+
+    def note(self, batch: Batch) -> list[str]:
+        """The names of those that this batch met first.
+
+        Raises:
+            DatasetError: by now there are more than allowed.
+        """
+        new = sorted(set(batch.skipped) - self.positions)
+        self.positions.update(new)
+        if len(self.positions) > self._allowed:
+            count = len(self.positions)
+            raise DatasetError(
+                f"{count} training images cannot be read, train.skip_corrupt allows {self._allowed}: "
+                f"{', '.join(self.names[:5])}{', ...' if count > 5 else ''}",
+                hint="mend or remove them in the source and prepare the dataset again, or allow more",
+            )
+        return [str(self._names[position]) for position in new]
+
+    @property
+    def names(self) -> list[str]:
+        """File names of all of them."""
+        return [str(self._names[position]) for position in sorted(self.positions)]
 
 
 class EpochSampler(Sampler[list[Draw]]):
@@ -134,14 +315,22 @@ class EpochSampler(Sampler[list[Draw]]):
 
     The set is padded to whole optimizer steps with images drawn once, so that no partial accumulation window
     exists; a set smaller than five steps is drawn with replacement. All batches of one optimizer step share a
-    side, drawn from `scales` by the number of that step (training spec 3.2).
+    side, drawn from `scales` by the number of that step; with `per_sample`, each image has its own (training
+    spec 3.2).
     """
 
     def __init__(
-        self, images: int, *, batch_size: int, grad_accum_steps: int, seed: int, scales: Sequence[int]
+        self,
+        images: int,
+        *,
+        batch_size: int,
+        grad_accum_steps: int,
+        seed: int,
+        scales: Sequence[int],
+        per_sample: bool = False,
     ) -> None:
         self._images, self._batch_size, self._accum = images, batch_size, grad_accum_steps
-        self._seed, self._scales = seed, list(scales)
+        self._seed, self._scales, self._per_sample = seed, list(scales), per_sample
         self.steps_per_epoch = max(MIN_STEPS_PER_EPOCH, math.ceil(images / (batch_size * grad_accum_steps)))
         self._epoch, self._first_step = 0, 0
 
@@ -158,12 +347,22 @@ class EpochSampler(Sampler[list[Draw]]):
         padding = np.random.default_rng(0).integers(self._images, size=wanted - self._images)
         return rng.permutation(np.concatenate([np.arange(self._images), padding]))
 
+    def sides(self, epoch: int) -> NDArray[np.int64]:
+        """The side in pixels of every image of an epoch, in order."""
+        window = self._accum * self._batch_size
+        if self._per_sample:
+            rng = np.random.default_rng([self._seed, epoch, 1])
+            return rng.choice(np.array(self._scales, dtype=np.int64), size=self.steps_per_epoch * window)
+        first = epoch * self.steps_per_epoch
+        steps = [random.Random(first + step).choice(self._scales) for step in range(self.steps_per_epoch)]
+        return np.repeat(np.array(steps, dtype=np.int64), window)
+
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = self.order(self._epoch).reshape(self.steps_per_epoch, self._accum, self._batch_size)
-        for step in range(self._first_step, self.steps_per_epoch):
-            side = random.Random(self._epoch * self.steps_per_epoch + step).choice(self._scales)
-            for images in order[step]:
-                yield [Draw(int(image), self._epoch, side) for image in images]
+        epoch, first = self._epoch, self._first_step * self._accum
+        batches = (-1, self._batch_size)
+        images, sides = self.order(epoch).reshape(batches), self.sides(epoch).reshape(batches)
+        for batch in zip(images[first:].tolist(), sides[first:].tolist(), strict=True):
+            yield [Draw(image, epoch, side) for image, side in zip(*batch, strict=True)]
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self._first_step) * self._accum
@@ -187,15 +386,15 @@ class LoaderSettings:
                 if given:
                     warnings.warn(f"{name}={given} is ignored: there are no workers (num_workers=0)", stacklevel=3)
 
-    def keywords(self, device: torch.device) -> dict[str, Any]:
-        """Arguments for DataLoader."""
+    def keywords(self, device: torch.device, multiple: int = 1) -> dict[str, Any]:
+        """Arguments for DataLoader; `multiple` as in `collate`."""
         workers = self.num_workers > 0
         return {
             "num_workers": self.num_workers,
             "pin_memory": device.type == "cuda" if self.pin_memory is None else self.pin_memory,
             "persistent_workers": workers and self.persistent_workers is not False,
             "prefetch_factor": (self.prefetch_factor or 2) if workers else None,
-            "collate_fn": collate,
+            "collate_fn": partial(_collate_or_pass, multiple=multiple),
             "worker_init_fn": _one_thread,
         }
 
@@ -214,14 +413,37 @@ def train_loader(
     seed: int,
     scale_jitter: bool,
     flip: bool,
+    aug_config: AugConfig | None = None,
+    square: bool = True,
+    multiple: int = 1,
+    skip_corrupt: int = 0,
 ) -> DataLoader[Any]:
-    """Augmented batches in the sampler's order."""
-    images = TrainImages(split, seed=seed, scale_jitter=scale_jitter, flip=flip)
-    return DataLoader(images, batch_sampler=sampler, **settings.keywords(device))
+    """Augmented batches in the sampler's order; see `TrainImages`.
+
+    Args:
+        multiple: sides of a batch are multiples of so many pixels: patch size x windows of the detector.
+
+    Raises:
+        DatasetError: from the iteration: an image that cannot be read.
+    """
+    images = TrainImages(
+        split,
+        seed=seed,
+        scale_jitter=scale_jitter,
+        flip=flip,
+        aug_config=aug_config,
+        square=square,
+        skip_corrupt=skip_corrupt,
+    )
+    return BatchLoader(images, batch_sampler=sampler, **settings.keywords(device, multiple))
 
 
 def eval_loader(
     split: PreparedSplit, settings: LoaderSettings, device: torch.device, *, resolution: int, batch_size: int
 ) -> DataLoader[Any]:
-    """Every image once, in the table's order."""
-    return DataLoader(EvalImages(split, resolution), batch_size=batch_size, **settings.keywords(device))
+    """Every image once, in the table's order.
+
+    Raises:
+        DatasetError: from the iteration: an image that cannot be read.
+    """
+    return BatchLoader(EvalImages(split, resolution), batch_size=batch_size, **settings.keywords(device))

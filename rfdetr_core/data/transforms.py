@@ -22,6 +22,9 @@ STD = (0.229, 0.224, 0.225)
 # The random crop cuts a square of 384 to 600 px after the shorter side was resized (training spec 3.3).
 CROP_MIN, CROP_MAX = 384, 600
 
+LONGEST_SIDE = 1333
+"""Pixels that the longer side may reach where the aspect is kept."""
+
 
 class View(NamedTuple):
     """The part of an image that training looks at: a window in pixels, and whether it is mirrored."""
@@ -31,15 +34,32 @@ class View(NamedTuple):
     width: float
     height: float
     flip: bool
+    cropped: bool = False  # the recipe's square window, not the whole image
 
 
-def to_square(image: Image.Image, side: int, view: View | None = None) -> NDArray[np.uint8]:
-    """Resample a window of the image (all of it by default) to (side, side, 3) uint8."""
-    window = None if view is None else (view.left, view.top, view.left + view.width, view.top + view.height)
-    resized = image.resize((side, side), Image.Resampling.BILINEAR, box=window)
-    if view is not None and view.flip:
+def resample(image: Image.Image, size: tuple[int, int], view: View) -> NDArray[np.uint8]:
+    """Resample a window of the image to `size` = (width, height): (height, width, 3) uint8."""
+    window = (view.left, view.top, view.left + view.width, view.top + view.height)
+    resized = image.resize(size, Image.Resampling.BILINEAR, box=window)
+    if view.flip:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(resized)
+
+
+def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
+    """Resample the whole image to (side, side, 3) uint8."""
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def aspect_size(view: View, side: int) -> tuple[int, int]:
+    """Width and height in pixels of a view whose aspect is kept (training spec 3.3, non-square mode).
+
+    The shorter side becomes `side` as long as the longer one stays within 1333 px; the recipe's crop is square.
+    """
+    if view.cropped:
+        return (min(side, LONGEST_SIDE),) * 2
+    scale = min(side / min(view.width, view.height), LONGEST_SIDE / max(view.width, view.height))
+    return max(1, round(view.width * scale)), max(1, round(view.height * scale))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -72,7 +92,7 @@ def draw_view(rng: np.random.Generator, width: int, height: int, *, scale_jitter
     left = int(rng.integers(scaled_width - side + 1))
     top = int(rng.integers(scaled_height - side + 1))
     x_scale, y_scale = width / scaled_width, height / scaled_height
-    return View(left * x_scale, top * y_scale, side * x_scale, side * y_scale, mirrored)
+    return View(left * x_scale, top * y_scale, side * x_scale, side * y_scale, mirrored, cropped=True)
 
 
 def view_boxes(boxes: NDArray[np.float64], view: View) -> tuple[NDArray[np.float32], NDArray[Any]]:

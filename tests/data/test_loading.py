@@ -21,14 +21,17 @@ from rfdetr_core.data.loading import (
     Draw,
     EpochSampler,
     EvalImages,
+    Item,
     LoaderSettings,
+    SkippedImages,
     TrainImages,
     collate,
     eval_loader,
     train_loader,
 )
 from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.data.transforms import normalise, to_square
+from rfdetr_core.data.transforms import View, aspect_size, normalise, resample, to_square
+from rfdetr_core.errors import DatasetError
 from tests.data.helpers import (
     STORED_BY,
     annotation,
@@ -139,7 +142,7 @@ def train_images(split: PreparedSplit, **options: Any) -> TrainImages:
 
 
 def test_a_plain_view_is_the_whole_image(split: PreparedSplit) -> None:
-    pixels, boxes, labels, image = train_images(split)[Draw(2, 0, 32)]
+    pixels, boxes, labels, image, _ = train_images(split)[Draw(2, 0, 32)]
     assert np.array_equal(pixels, to_square(split.decode(2), 32))
     rows = split.table.rows(2)
     x1, y1, x2, y2 = (split.table.boxes[rows] / [64, 48, 64, 48]).T
@@ -163,8 +166,8 @@ def test_flips_mirror_pixels_and_boxes(split: PreparedSplit) -> None:
     plain, flipping = train_images(split), train_images(split, flip=True)
     mirrored = 0
     for epoch in range(200):
-        pixels, boxes, labels, _ = plain[Draw(1, epoch, 32)]
-        other, others, other_labels, _ = flipping[Draw(1, epoch, 32)]
+        pixels, boxes, labels, *_ = plain[Draw(1, epoch, 32)]
+        other, others, other_labels, *_ = flipping[Draw(1, epoch, 32)]
         assert labels.tolist() == other_labels.tolist()
         if np.array_equal(other, pixels[:, ::-1]):
             mirrored += 1
@@ -225,12 +228,12 @@ def test_a_scaled_decode_is_used_and_never_below_what_is_needed(
     split = marked(tmp_path, (1208, 904), (100, 100, 300, 300))
     seen: list[tuple[float, int, int]] = []
 
-    def record(image: Image.Image, side: int, view: Any) -> Any:
+    def record(image: Image.Image, size: tuple[int, int], view: Any) -> Any:
         assert image.width / 1208 == image.height / 904
-        seen.append((min(view.width, view.height), side, image.width))
-        return to_square(image, side, view)
+        seen.append((min(view.width, view.height), size[0], image.width))
+        return resample(image, size, view)
 
-    monkeypatch.setattr("rfdetr_core.data.loading.to_square", record)
+    monkeypatch.setattr("rfdetr_core.data.loading.resample", record)
     images = train_images(split, scale_jitter=True, flip=False)
     for epoch in range(60):
         _ = images[Draw(0, epoch, (56, 150, 400, 900, 1400)[epoch % 5])]
@@ -245,9 +248,9 @@ def test_crowd_regions_are_no_targets(tmp_path: Path) -> None:
     write_dataset(tmp_path / "source", document(annotations=boxes))
     split = prepared(tmp_path / "source", tmp_path / "prepared").split("train")
     assert split.table.crowd.tolist() == [True, False, True]
-    _, found, labels, _ = train_images(split)[Draw(0, 0, 32)]
+    _, found, labels, *_ = train_images(split)[Draw(0, 0, 32)]
     assert labels.tolist() == [1] and found.shape == (1, 4)
-    _, found, labels, _ = EvalImages(split, 32)[0]
+    _, found, labels, *_ = EvalImages(split, 32)[0]
     assert labels.tolist() == [1] and found[0] == pytest.approx([14 / 64, 9 / 48, 20 / 64, 10 / 48])
 
 
@@ -298,7 +301,7 @@ def test_a_batch_is_what_its_images_are(split: PreparedSplit) -> None:
     pixels, targets = batch.on(CPU)
     assert torch.equal(pixels, normalise(batch.pixels))
     for i, draw in enumerate(draws):
-        expected, boxes, labels, _ = images[draw]
+        expected, boxes, labels, *_ = images[draw]
         assert np.array_equal(batch.pixels[i].permute(1, 2, 0).numpy(), expected)
         assert set(targets[i]) == {"labels", "boxes"}
         assert np.array_equal(targets[i]["boxes"].numpy(), boxes) and targets[i]["boxes"].dtype == torch.float32
@@ -366,7 +369,8 @@ def test_settings_of_workers_without_workers_are_ignored_with_a_warning(
 ) -> None:
     with pytest.warns(UserWarning, match=rf"{named} is ignored: there are no workers \(num_workers=0\)"):
         ignoring = LoaderSettings(*settings)
-    assert ignoring.keywords(CPU) == ALONE.keywords(CPU)
+    words = ("num_workers", "persistent_workers", "prefetch_factor")
+    assert [ignoring.keywords(CPU)[word] for word in words] == [0, False, None]
     batches = list(eval_loader(split, ignoring, CPU, resolution=32, batch_size=10))  # DataLoader itself would refuse
     assert len(batches) == 1
 
@@ -378,7 +382,7 @@ class Origin(EvalImages):
         assert get_worker_info() is not None
         empty = np.empty((0, 4), dtype=np.float32)
         facts = np.array([os.getpid(), torch.get_num_threads()], dtype=np.int64)
-        return np.zeros((2, 2, 3), dtype=np.uint8), empty, facts, image
+        return Item(np.zeros((2, 2, 3), dtype=np.uint8), empty, facts, image)
 
 
 @forks
@@ -405,3 +409,182 @@ def test_pinned_batches_are_page_locked(split: PreparedSplit) -> None:
         for batch in eval_loader(split, settings, torch.device("cuda"), resolution=32, batch_size=4):
             assert [t.is_pinned() for t in (batch.pixels, batch.boxes, batch.labels)] == [expected] * 3
             assert isinstance(batch, Batch) and len(batch.counts) == len(batch.images)
+
+
+# ---- images of several sizes in one batch -----------------------------------------------------------------
+
+
+def an_item(height: int, width: int, *, skipped: tuple[int, ...] = ()) -> Item:
+    pixels = np.full((height, width, 3), 200, dtype=np.uint8)
+    return Item(pixels, np.array([[0.5, 0.5, 1, 1]], dtype=np.float32), np.array([1]), 0, skipped)
+
+
+def test_smaller_images_stand_at_the_top_left_and_the_rest_is_padding() -> None:
+    batch = collate([an_item(32, 64), an_item(64, 32), an_item(50, 60)], 32)
+    assert batch.pixels.shape == (3, 3, 64, 64) and batch.sizes == ((32, 64), (64, 32), (50, 60))
+    pixels, targets = batch.on(CPU)
+    assert batch.mask is not None
+    light = float(normalise(torch.full((1, 3, 1, 1), 200, dtype=torch.uint8))[0, 0])
+    for i, (height, width) in enumerate(batch.sizes):
+        inside = torch.zeros(64, 64, dtype=torch.bool)
+        inside[:height, :width] = True
+        assert torch.equal(batch.mask[i], ~inside)
+        assert torch.equal(pixels[i, 0], torch.where(inside, light, 0.0))  # 0 is the mean colour: after normalising
+        assert targets[i]["boxes"].tolist() == [[0.5, 0.5, 1, 1]]  # of the image, not of the padded extent
+
+
+def test_a_batch_is_padded_to_whole_blocks_even_where_its_images_agree() -> None:
+    assert collate([an_item(32, 32), an_item(32, 32)], 32).mask is None
+    batch = collate([an_item(40, 32), an_item(40, 32)], 32)
+    assert batch.pixels.shape[-2:] == (64, 32) and batch.mask is not None
+    assert (~batch.mask).sum(dim=(1, 2)).tolist() == [40 * 32, 40 * 32]
+
+
+@pytest.mark.parameter("multi_scale")
+def test_per_sample_draws_a_side_for_each_image() -> None:
+    sampler = EpochSampler(64, batch_size=4, grad_accum_steps=3, seed=3, scales=(32, 64, 96), per_sample=True)
+    batches = drawn(sampler, 1)
+    assert Counter(draw.side for one in batches for draw in one).keys() == {32, 64, 96}
+    assert any(len({draw.side for draw in one}) == 3 for one in batches)
+    assert drawn(sampler, 1, 4) == batches[12:] and images_of(batches) == images_of(drawn(sampler_of(64, 4, 3), 1))
+    assert [d.side for one in drawn(sampler, 2) for d in one] != [d.side for one in batches for d in one]
+
+
+@pytest.mark.parameter("multi_scale")
+def test_per_sample_batches_are_as_large_as_their_largest_image(split: PreparedSplit) -> None:
+    sampler = EpochSampler(10, batch_size=2, grad_accum_steps=1, seed=3, scales=(32, 64, 96), per_sample=True)
+    sampler.start(0)
+    draws = list(sampler)
+    loader = train_loader(split, sampler, ALONE, CPU, seed=3, scale_jitter=False, flip=False, multiple=32)
+    padded = 0
+    for asked, batch in zip(draws, loader, strict=True):
+        sides = [draw.side for draw in asked]
+        assert batch.pixels.shape[-2:] == (max(sides), max(sides))
+        assert (batch.sizes or ((max(sides),) * 2,) * 2) == tuple((side, side) for side in sides)
+        padded += batch.mask is not None
+        for i, draw in enumerate(asked):
+            found = batch.pixels[i, :, : draw.side, : draw.side].permute(1, 2, 0).numpy()
+            assert np.array_equal(found, to_square(split.decode(draw.image), draw.side))
+    assert padded > 0
+
+
+@pytest.mark.parameter("square_resize_div_64")
+@pytest.mark.parametrize(
+    ("size", "side", "expected"),
+    [
+        ((640, 480), 384, (512, 384)),
+        ((480, 640), 384, (384, 512)),
+        ((2000, 400), 384, (1333, 267)),
+        ((9, 9), 64, (64, 64)),
+    ],
+)  # fmt: skip
+def test_without_squares_the_shorter_side_is_resized_and_the_longer_one_capped(
+    size: tuple[int, int], side: int, expected: tuple[int, int]
+) -> None:
+    assert aspect_size(View(0, 0, *size, flip=False), side) == expected
+    assert aspect_size(View(0, 0, 399.7, 400.2, flip=False, cropped=True), side) == (side, side)
+
+
+@pytest.mark.parameter("square_resize_div_64")
+def test_without_squares_images_keep_their_aspect_and_boxes_their_place(tmp_path: Path) -> None:
+    marker = marked(tmp_path, (640, 320), (320, 160, 160, 80))
+    item = train_images(marker, square=False)[Draw(0, 0, 64)]
+    assert item.pixels.shape == (64, 128, 3)
+    assert item.boxes[0] == pytest.approx([0.625, 0.625, 0.25, 0.25])
+    light = item.pixels[..., 1] > 128
+    assert np.argwhere(light).min(axis=0).tolist() == [32, 64] and light.sum() == 16 * 32
+    jittered = [train_images(marker, square=False, scale_jitter=True)[Draw(0, epoch, 64)].pixels for epoch in range(30)]
+    assert {pixels.shape for pixels in jittered} == {(64, 128, 3), (64, 64, 3)}  # the recipe's crop is a square
+    assert train_images(marker)[Draw(0, 0, 64)].pixels.shape == (64, 64, 3)
+
+
+@pytest.mark.parameter("scale_jitter")
+def test_scale_jitter_crops_and_without_it_the_image_is_whole(split: PreparedSplit) -> None:
+    for jitter in (True, False):
+        items = [train_images(split, scale_jitter=jitter)[Draw(2, epoch, 32)].pixels for epoch in range(40)]
+        whole = sum(np.array_equal(pixels, to_square(split.decode(2), 32)) for pixels in items)
+        assert 8 < whole < 32 if jitter else whole == 40
+
+
+# ---- unreadable images ------------------------------------------------------------------------------------
+
+
+def damaged(folder: Path, broken: tuple[int, ...], images: int = 10) -> PreparedSplit:
+    """A prepared dataset of which some train images were spoilt afterwards, inside the shard."""
+    prepared_set = prepared(grid_dataset(folder / "source", images), folder / "prepared")
+    index = prepared_set.split("train").index
+    with (folder / "prepared" / "train" / index.shards[0]).open("r+b") as shard:
+        for position in broken:
+            shard.seek(int(index.offsets[position]))
+            shard.write(b"\0" * int(index.lengths[position]))
+    return prepared_set.split("train")
+
+
+def load_all(split: PreparedSplit, workers: int, **options: Any) -> list[Batch]:
+    sampler = sampler_of(len(split), 2, 1)
+    settings = LoaderSettings(workers, None, None, None)
+    words = {"seed": 3, "scale_jitter": True, "flip": True, **options}
+    return list(train_loader(split, sampler, settings, CPU, **words))
+
+
+@forks
+@pytest.mark.parameter("skip_corrupt")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_an_error_of_one_line_that_names_it(tmp_path: Path, workers: int) -> None:
+    split = damaged(tmp_path, (4,))
+    with pytest.raises(DatasetError) as caught:
+        load_all(split, workers)
+    assert str(caught.value) == (
+        "training image train004.png (number 5 of 10) cannot be read: no image format that Pillow knows "
+        "(mend or remove it in the source and prepare the dataset again, or allow more than train.skip_corrupt: 0)"
+    )
+    assert type(caught.value) is DatasetError and caught.value.exit_code == 2
+    with pytest.raises(DatasetError, match=r"^evaluation image train004.png \(number 5 of 10\) cannot be read"):
+        list(eval_loader(split, LoaderSettings(workers, None, None, None), CPU, resolution=32, batch_size=4))
+
+
+@forks
+@pytest.mark.parameter("skip_corrupt")
+def test_skipped_images_are_replaced_in_the_same_way_wherever_they_are_loaded(tmp_path: Path) -> None:
+    split = damaged(tmp_path, (4, 7))
+    batches = load_all(split, 0, skip_corrupt=2)
+    assert list(map(as_bytes, load_all(split, 2, skip_corrupt=2))) == list(map(as_bytes, batches))
+    assert {image for batch in batches for image in batch.skipped} == {4, 7}
+    assert sum(len(batch.images) for batch in batches) == 10
+    assert not {4, 7} & {image for batch in batches for image in batch.images}
+    for batch in batches:  # who stands in brings boxes of its own
+        for image, count in zip(batch.images, batch.counts, strict=True):
+            assert count <= len(split.table.boxes[split.table.rows(image)])
+
+
+@pytest.mark.parameter("skip_corrupt")
+def test_more_unreadable_images_than_allowed_end_the_training(tmp_path: Path) -> None:
+    split = damaged(tmp_path, (1, 4, 7))
+    seen = SkippedImages(split.table.file_names, 3)
+    new = [name for batch in load_all(split, 0, skip_corrupt=3) for name in seen.note(batch)]
+    assert sorted(new) == seen.names == ["train001.png", "train004.png", "train007.png"]
+    assert all(seen.note(batch) == [] for batch in load_all(split, 0, skip_corrupt=3))  # each counts once
+    with pytest.raises(DatasetError) as caught:
+        fewer = SkippedImages(split.table.file_names, 2, known=[1])
+        for batch in load_all(split, 0, skip_corrupt=3):
+            fewer.note(batch)
+    assert str(caught.value) == (
+        "3 training images cannot be read, train.skip_corrupt allows 2: train001.png, train004.png, train007.png "
+        "(mend or remove them in the source and prepare the dataset again, or allow more)"
+    )
+
+
+@pytest.mark.parameter("skip_corrupt")
+def test_a_split_without_one_readable_image_ends_at_once(tmp_path: Path) -> None:
+    split = damaged(tmp_path, (0, 1), images=2)
+    with pytest.raises(DatasetError, match=r"^training image train000.png \(number 1 of 2\) cannot be read"):
+        _ = train_images(split, skip_corrupt=100)[Draw(0, 0, 32)]
+
+
+def test_a_damaged_shard_is_no_unreadable_image(tmp_path: Path) -> None:
+    split = damaged(tmp_path, ())
+    shard = tmp_path / "prepared" / "train" / split.index.shards[0]
+    with shard.open("r+b") as file:
+        file.truncate(int(split.index.offsets[9]) + 5)
+    with pytest.raises(DatasetError, match=r"cut short within image 9"):
+        _ = train_images(split, skip_corrupt=5)[Draw(9, 0, 32)]

@@ -24,6 +24,7 @@ from rfdetr_core.data.transforms import (
     draw_view,
     normalise,
     preprocess,
+    resample,
     to_square,
     view_boxes,
 )
@@ -84,10 +85,10 @@ def test_to_square_is_pillow_s_resize() -> None:
     image = picture(70, 50)
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
     assert np.array_equal(to_square(image, 32), expected)
-    assert np.array_equal(to_square(image, 32, View(0, 0, 70, 50, flip=False)), expected)
-    assert np.array_equal(to_square(image, 32, View(0, 0, 70, 50, flip=True)), expected[:, ::-1])
+    assert np.array_equal(resample(image, (32, 32), View(0, 0, 70, 50, flip=False)), expected)
+    assert np.array_equal(resample(image, (32, 32), View(0, 0, 70, 50, flip=True)), expected[:, ::-1])
     cut = np.asarray(image.crop((10, 20, 40, 45)).resize((32, 32), Image.Resampling.BILINEAR))
-    window = to_square(image, 32, View(10, 20, 30, 25, flip=False))
+    window = resample(image, (32, 32), View(10, 20, 30, 25, flip=False))
     assert np.abs(window[2:-2, 2:-2].astype(int) - cut[2:-2, 2:-2]).max() <= 1  # edges see what lies beyond them
 
 
@@ -221,7 +222,7 @@ def test_one_resampling_gives_what_resize_crop_resize_gives(width: int, height: 
         scaled = [round(v * short / min(width, height)) for v in (width, height)]
         first = smooth.resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR)
         second = first.crop((left, top, left + side, top + side)).resize((target, target), Image.Resampling.BILINEAR)
-        difference = np.abs(to_square(smooth, target, view).astype(int) - np.asarray(second).astype(int))
+        difference = np.abs(resample(smooth, (target, target), view).astype(int) - np.asarray(second).astype(int))
         assert difference.mean() < 1 and difference.max() < 16
 
         moved = boxes * ([scaled[0] / width, scaled[1] / height] * 2) - [left, top] * 2
@@ -243,9 +244,9 @@ def test_a_window_never_leaves_its_image(width: int, height: int, seed: int, sid
         view = draw_view(rng, width, height, scale_jitter=True, flip=True)
         assert view.left >= 0 and view.top >= 0 and view.width > 0 and view.height > 0
         if strip.height == height:
-            assert to_square(strip, side, view).shape == (side, side, 3)
+            assert resample(strip, (side, side), view).shape == (side, side, 3)
         else:
-            assert to_square(strip, side, view._replace(top=0.0, height=1.0)).shape == (side, side, 3)
+            assert resample(strip, (side, side), view._replace(top=0.0, height=1.0)).shape == (side, side, 3)
 
 
 def test_the_same_generator_draws_the_same_view() -> None:
