@@ -189,6 +189,7 @@ class _Wandb:
             settings=wandb.Settings(
                 init_timeout=WANDB_START_SECONDS,
                 finish_timeout=WANDB_FINISH_SECONDS,
+                finish_timeout_raises=True,
                 silent=True,
                 console="off",  # the console is the progress bar's
                 disable_git=True,
@@ -313,7 +314,7 @@ def _harmless(field: str) -> Iterator[None]:
     except _UnusableError as error:
         reason = str(error)
     except Exception as error:  # whatever a tracker's package raises: it must not end a training
-        reason = f"{type(error).__name__}: {_without_secrets(str(error))}"
+        reason = f"{type(error).__name__}: {_without_secrets(str(error))}".removesuffix(": ")
     warnings.warn(f"train.{field}: {reason}; training goes on without it", UserWarning, stacklevel=4)
 
 
