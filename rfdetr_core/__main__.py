@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rfdetr_core.errors import RFDETRError
+
+INTERRUPTED = 130  # Ctrl-C, as shells number it
+
+AddParser = Callable[..., argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,14 +25,66 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rfdetr_core", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    topics = parser.add_subparsers(required=True, metavar="topic")
-    data = topics.add_parser("data", help="datasets").add_subparsers(required=True, metavar="command")
+    topics = parser.add_subparsers(required=True, metavar="command")
+    for add in (_add_train, _add_evaluate, _add_export, _add_predict, _add_data):
+        add(topics.add_parser)
+    return parser
+
+
+def _add_train(add_parser: AddParser) -> None:
+    train = _command(add_parser, "train", "train, or continue a training, in a folder of this machine")
+    train.add_argument("--config", required=True, help="YAML of a run; its sections dataset, model and train are used")
+    _add_set(train, "train.epochs=3")
+    train.add_argument("--dataset-dir", metavar="DIR", help="the dataset, instead of dataset.uri")
+    train.add_argument(
+        "--output-dir", metavar="DIR", default="output", help="checkpoints, metrics and reports; default: %(default)s"
+    )
+    train.add_argument(
+        "--pretrain-weights", metavar="FILE", help="a path, a published name, s3:// or https://; instead of model's"
+    )
+
+
+def _add_evaluate(add_parser: AddParser) -> None:
+    evaluate = _command(add_parser, "evaluate", "COCO metrics of weights on a dataset")
+    _add_weights(evaluate)
+    evaluate.add_argument("--dataset-dir", metavar="DIR", required=True, help="a dataset, prepared or as it came")
+    evaluate.add_argument("--split", default="test", help="test or valid; default: %(default)s")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="images at once; default: %(default)s")
+    evaluate.add_argument(
+        "--max-dets", type=int, default=500, help="detections per image that count; default: %(default)s"
+    )
+    evaluate.add_argument("--num-workers", type=int, default=2, help="processes that load images; default: %(default)s")
+    _add_json(evaluate)
+
+
+def _add_export(add_parser: AddParser) -> None:
+    export = _command(add_parser, "export", "write the ONNX model of weights, proven to compute the same")
+    _add_weights(export)
+    export.add_argument(
+        "--output-dir", metavar="DIR", default="output", help="folder of rfdetr-<variant>.onnx; default: %(default)s"
+    )
+    _add_set(export, "export.opset=18")
+
+
+def _add_predict(add_parser: AddParser) -> None:
+    predict = _command(add_parser, "predict", "detections in pictures")
+    _add_weights(predict)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="a picture that Pillow opens")
+    predict.add_argument("--threshold", type=float, default=0.5, help="least score; default: %(default)s")
+    _add_json(predict)
+
+
+def _add_data(add_parser: AddParser) -> None:
+    data = add_parser("data", help="datasets").add_subparsers(required=True, metavar="command")
     sample = data.add_parser(
         "sample",
         help="draw a COCO dataset of textured shapes",
@@ -42,7 +98,39 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--max-objects", type=int, default=6, help="most shapes in an image")
     sample.add_argument("--seed", type=int, default=0, help="of all that is random")
     sample.set_defaults(command=_sample)
+
+
+def _command(add_parser: AddParser, name: str, text: str) -> argparse.ArgumentParser:
+    """A command of `rfdetr_core.cli`, which is loaded when it runs: help and mistyped options cost nothing."""
+    parser = add_parser(name, help=text, description=text)
+    parser.set_defaults(command=_from_cli(name))
     return parser
+
+
+def _from_cli(name: str) -> Callable[[argparse.Namespace], None]:
+    def run(arguments: argparse.Namespace) -> None:
+        from rfdetr_core import cli
+
+        with cli.speaking():
+            getattr(cli, name)(arguments)
+
+    return run
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", metavar="FILE", required=True, help="checkpoint_best_total.pth: a path, s3:// or https://"
+    )
+
+
+def _add_set(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument(
+        "--set", metavar="FIELD=VALUE", action="append", default=[], help=f"one field, such as {example}; repeatable"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the result there as well")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
