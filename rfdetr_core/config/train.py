@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from rfdetr_core.config.augment import legal_aug_config
 from rfdetr_core.config.base import Bool, Config, Float, Int, Text, Uri, home_expanded, plain_json, whole_number
 from rfdetr_core.config.problems import Problem, broken_rule, not_allowed, refusal, show
 
@@ -220,8 +221,8 @@ class TrainConfig(Config):
     """Resize to a square; false keeps the aspect."""
     scale_jitter: Bool = True
     """Every second training image is cropped at random before it is resized."""
-    aug_config: Annotated[dict[str, Any], BeforeValidator(plain_json)] | None = None
-    """Augmentations by name with their parameters; null: a horizontal flip; {}: none."""
+    aug_config: Annotated[dict[str, Any] | list[Any] | None, BeforeValidator(legal_aug_config)] = None
+    """Augmentations by name with their parameters; null: a horizontal flip; {}: none (docs/augmentation.md)."""
     save_dataset_grids: Bool = False
     """Save the first training and validation batches as pictures."""
     skip_corrupt: Int = Field(default=0, ge=0)
