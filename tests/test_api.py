@@ -129,6 +129,7 @@ print(time.perf_counter() - started, "RFDETRMedium" in dir(rfdetr_core), *sys.mo
 
 
 class TestTrain:
+    @pytest.mark.parameter("output_dir")
     def test_leaves_all_results_in_its_folder_and_the_best_weights_in_the_model(
         self, model: Any, output: Path, coco: Path
     ) -> None:
@@ -201,6 +202,7 @@ class TestTrain:
         with pytest.raises(StorageAccessError, match=r"cannot write .*irectory"):
             RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **SETTINGS)
 
+    @pytest.mark.parameter("batch_size", "auto_batch_target_effective")
     def test_auto_probes_once(self, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = {**SETTINGS, "batch_size": "auto", "auto_batch_target_effective": 2}
         RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
@@ -209,6 +211,7 @@ class TestTrain:
         monkeypatch.setattr(folder, "probe", None)
         RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
 
+    @pytest.mark.parameter("resolution", "num_select")
     def test_resolution_and_deprecated_fields_go_to_the_architecture(self, coco: Path, tmp_path: Path) -> None:
         moved = ("resolution", "num_select")
         model = RFDETRPico(**{name: value for name, value in ARCHITECTURE.items() if name not in moved})
@@ -444,6 +447,7 @@ class TestPretrained:
         report = json.loads((tmp_path / "out" / "weights.json").read_text())
         assert [change["key"].rpartition(".")[2] for change in report["resized"]] == ["position_embeddings"]
 
+    @pytest.mark.parameter("resolution")
     def test_the_resolution_of_each_training_stays_until_another_is_given(
         self, weights: Path, coco: Path, tmp_path: Path
     ) -> None:

@@ -78,6 +78,7 @@ def test_num_select_shrinks_only_where_nobody_chose_it() -> None:
     )
 
 
+@pytest.mark.parameter("resolution")
 @pytest.mark.parametrize("resolution", [64, 384, 416, 560.0, 14, 392])
 def test_resolution_taken_or_rounded_up(resolution: float) -> None:
     with warnings.catch_warnings(record=True) as caught:
@@ -98,6 +99,7 @@ def test_resolution_taken_or_rounded_up(resolution: float) -> None:
     )
 
 
+@pytest.mark.parameter("resolution")
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -344,6 +344,7 @@ def test_possible_combinations() -> None:
     assert TrainConfig.parse({"eval_base_model": False}).use_ema
 
 
+@pytest.mark.parameter("output_dir")
 def test_paths_are_made_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = TrainConfig.parse({"output_dir": "~/x/../y", "dataset_dir": Path("~/data")})
@@ -364,6 +365,7 @@ def test_it_never_changes() -> None:
         config.epochs = 3  # type: ignore[misc]
 
 
+@pytest.mark.parameter("group_detr", "ia_bce_loss", "segmentation_head", "num_select")
 @pytest.mark.parametrize(
     ("name", "value"), [("group_detr", 5), ("ia_bce_loss", True), ("segmentation_head", False), ("num_select", 7)]
 )

@@ -51,6 +51,7 @@ def test_random_problems(seed: int) -> None:
     assert_equal(random_problem(seed), (500, 100, 7, 1)[seed % 4])
 
 
+@pytest.mark.parameter("eval_max_dets")
 @pytest.mark.parametrize("max_dets", [1, 3, 7, 10, 100, 500])
 def test_exactly_so_many_detections_per_image(max_dets: int) -> None:
     """1,300 detections, 650 of them of one class in one image: more than any limit."""
@@ -68,6 +69,7 @@ def test_limits_differ_in_their_numbers() -> None:
     assert len({metrics.map for metrics in found}) >= 5
 
 
+@pytest.mark.parameter("eval_max_dets")
 @pytest.mark.parametrize("max_dets", [3, 500])
 def test_six_objects_and_a_limit(max_dets: int) -> None:
     """One image, six perfect detections: at three, recall is one half (training spec 12, item 31)."""

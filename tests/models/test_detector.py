@@ -138,6 +138,7 @@ def test_stochastic_depth_drops_whole_windows() -> None:
     assert (per_window == 0.0).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
+@pytest.mark.parameter("drop_path")
 def test_stochastic_depth_rises_linearly_and_rests_in_evaluation() -> None:
     model, images = RFDETR(ModelConfig(**SMALL), drop_path=0.5), golden.gauss(1, (2, 3, 64, 64))
     vit = model.backbone[0].encoder.encoder
@@ -149,6 +150,7 @@ def test_stochastic_depth_rises_linearly_and_rests_in_evaluation() -> None:
     assert not torch.equal(*moving)
 
 
+@pytest.mark.parameter("gradient_checkpointing")
 def test_checkpointing_changes_memory_only() -> None:
     gradients, recomputed = [], []
     for checkpointing in (False, True):

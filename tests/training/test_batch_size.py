@@ -79,6 +79,7 @@ AUTO: dict[str, Any] = {"batch_size": "auto", "auto_batch_target_effective": 16}
 class TestAutomaticBatch:
     """On a CPU, whose memory has no natural end, four bounds stop the doubling; a fifth is memory itself."""
 
+    @pytest.mark.parameter("batch_size", "auto_batch_target_effective")
     def test_stops_at_the_target(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fits_up_to(monkeypatch, 10_000)
         result = run(tiny.train_config(**{**AUTO, "auto_batch_target_effective": 6}))
@@ -97,6 +98,7 @@ class TestAutomaticBatch:
         result = run(tiny.train_config(**AUTO))
         assert (sizes(result), result.stopped_by, result.grad_accum_steps) == ([1, 1], "time", 16)
 
+    @pytest.mark.parameter("auto_batch_ema_headroom")
     def test_stops_before_the_memory_is_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every image adds 1 GB to the 1 GB of the model; 95 % of 8 GB hold 6 images, so 4 and not 8."""
         fits_up_to(monkeypatch, 10_000)
@@ -116,6 +118,7 @@ class TestAutomaticBatch:
         assert (result.stopped_by, result.largest_that_fits, result.batch_size) == ("memory", 4, 3)
         assert result.grad_accum_steps == 6
 
+    @pytest.mark.parameter("batch_size", "auto_batch_ema_headroom")
     @pytest.mark.parametrize(("use_ema", "batch", "accum"), [(True, 5, 4), (False, 8, 2)])
     def test_stops_when_a_step_does_not_fit(
         self, monkeypatch: pytest.MonkeyPatch, use_ema: bool, batch: int, accum: int
@@ -153,6 +156,7 @@ class TestAutomaticBatch:
         result = run(tiny.train_config(**AUTO))
         assert (result.stopped_by, result.batch_size) == ("limit", 8)
 
+    @pytest.mark.parameter("batch_size", "auto_batch_target_effective")
     def test_with_real_steps(self) -> None:
         result = run(tiny.train_config(**{**AUTO, "auto_batch_target_effective": 2}))
         assert sizes(result) == [1, 1, 2]
@@ -160,6 +164,7 @@ class TestAutomaticBatch:
 
 
 class TestWorstCase:
+    @pytest.mark.parameter("auto_batch_max_targets_per_image")
     @pytest.mark.parametrize(
         ("max_boxes", "limit", "expected"), [(3, 100, 3), (700, 100, 100), (700, 500, 500), (0, 100, 1)]
     )

@@ -39,6 +39,7 @@ def follow(values: list[float], *, decay: float = 0.993, tau: float = 100) -> li
     return found
 
 
+@pytest.mark.parameter("use_ema")
 def test_the_measured_series() -> None:
     found = follow([1, 2, 3, 4])
     assert [weight for weight, _, _ in found] == pytest.approx([1, 1.980337, 2.970075, 3.959899], abs=1e-6)
@@ -96,5 +97,6 @@ def test_the_interval_counts_optimizer_steps() -> None:
     assert updates == [0, 0, 1, 1, 1, 2, 2]
 
 
+@pytest.mark.parameter("use_ema")
 def test_use_ema_false_keeps_no_copy() -> None:
     assert build_engine(tiny.model_config(), tiny.train_config(use_ema=False)).ema is None

@@ -52,6 +52,7 @@ BATCHES = [tiny.batch(0, boxes=(3, 2)), tiny.batch(1, boxes=(0, 1)), tiny.batch(
 
 
 class TestAccumulation:
+    @pytest.mark.parameter("grad_accum_steps")
     def test_the_gradient_of_a_window_is_the_mean_of_its_micro_batches(self) -> None:
         engine = tiny_engine(clip_max_norm=0)
         whole, terms = step_gradients(engine, BATCHES)
@@ -235,6 +236,7 @@ class TestPrecision:
 
 
 class TestAccelerator:
+    @pytest.mark.parameter("accelerator")
     def test_what_is_absent_is_refused_with_what_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -242,6 +244,7 @@ class TestAccelerator:
             fabric_accelerator("gpu")
         assert fabric_accelerator("auto") == "cpu"
 
+    @pytest.mark.parameter("accelerator")
     def test_auto_is_cuda_then_mps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -251,6 +254,7 @@ class TestAccelerator:
         assert fabric_accelerator("auto") == "mps"
 
 
+@pytest.mark.parameter("drop_path")
 @pytest.mark.parametrize(("drop_path", "same"), [(0.0, True), (0.5, False)])
 def test_drop_path_reaches_the_encoder(drop_path: float, same: bool) -> None:
     engine = tiny_engine(drop_path=drop_path)

@@ -108,18 +108,21 @@ class Scores:
 
 
 class TestReproducibility:
+    @pytest.mark.parameter("seed")
     def test_the_same_seed_gives_the_same_training(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         settings = {"drop_path": 0.3, "multi_scale": "per-batch", "expanded_scales": False}
         for name in ("a", "b"):
             train(tiny.job(dataset, tmp_path / name, epochs=1, **settings))
         assert_same_training(tmp_path / "a", tmp_path / "b")
 
+    @pytest.mark.parameter("seed")
     def test_another_seed_gives_another(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         for seed in (1, 2):
             train(tiny.job(dataset, tmp_path / str(seed), epochs=1, seed=seed))
         one, two = (latest(tmp_path / str(seed))["model"] for seed in (1, 2))
         assert not torch.equal(one["class_embed.weight"], two["class_embed.weight"])
 
+    @pytest.mark.parameter("seed")
     def test_no_seed_draws_one_and_records_it(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         first = train(tiny.job(dataset, tmp_path / "a", epochs=1, seed=None))
         second = train(tiny.job(dataset, tmp_path / "b", epochs=1, seed=None))
@@ -370,6 +373,7 @@ class TestUnusableCheckpoints:
 
 
 class TestFiles:
+    @pytest.mark.parameter("checkpoint_interval", "use_ema", "epochs")
     def test_names_contents_and_publication(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         """Every file is whole when it is published, and nothing else is."""
         published: list[tuple[str, int]] = []
@@ -537,6 +541,7 @@ class TestBest:
         assert best_files(tmp_path) == {"regular": ("regular", 0), "ema": ("ema", 1), "total": ("ema", 1)}
         assert result.best_score == 0.7
 
+    @pytest.mark.parameter("use_ema")
     def test_without_ema(self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Scores(monkeypatch, raw=[0.5])
         result = train(tiny.job(dataset, tmp_path, epochs=1, use_ema=False))
@@ -556,6 +561,7 @@ class TestBest:
 
 
 class TestEvaluation:
+    @pytest.mark.parameter("eval_interval")
     def test_every_interval_and_at_the_end(
         self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -569,6 +575,7 @@ class TestEvaluation:
         }
         assert evaluated == {1: (0.1, 0.4), 3: (0.2, 0.5), 4: (0.3, 0.6)}
 
+    @pytest.mark.parameter("log_per_class_metrics")
     def test_rows_hold_the_losses_and_metrics(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         train(tiny.job(dataset, tmp_path, epochs=1, log_per_class_metrics=True))
         (row,) = rows(tmp_path)
@@ -583,6 +590,7 @@ class TestEvaluation:
             per_class = [row[f"{prefix}AP/{name}"] for name in classes]
             assert sum(per_class) / 3 == pytest.approx(row[f"{prefix}mAP_50_95"], abs=1e-9)
 
+    @pytest.mark.parameter("log_per_class_metrics")
     def test_without_per_class_metrics(
         self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -593,6 +601,7 @@ class TestEvaluation:
         line = r"epoch 1/1 done  loss \d+\.\d{3}  mAP 0\.\d{3}  mAP50 0\.\d{3}  EMA mAP 0\.\d{3}  .* images/s"
         assert re.search(line, caplog.text)
 
+    @pytest.mark.parameter("log_per_class_metrics")
     def test_the_console_tells_the_classes(
         self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -629,6 +638,7 @@ class TestEvaluation:
 
 
 class TestEarlyStopping:
+    @pytest.mark.parameter("early_stopping", "early_stopping_patience")
     @pytest.mark.parametrize(
         ("settings", "epochs"),
         [
@@ -654,6 +664,7 @@ class TestEarlyStopping:
         again = train(job)  # and it stays stopped
         assert (again.epochs, again.stopped_early) == (epochs, True)
 
+    @pytest.mark.parameter("early_stopping")
     def test_it_is_off_by_default(
         self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -661,6 +672,7 @@ class TestEarlyStopping:
         result = train(tiny.job(dataset, tmp_path, epochs=3, early_stopping_patience=1))
         assert (result.epochs, result.stopped_early) == (3, False)
 
+    @pytest.mark.parameter("early_stopping_use_ema")
     def test_it_can_watch_the_average_alone(
         self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -48,6 +48,7 @@ def test_equal_settings_share_a_group() -> None:
     assert sizes[10, 4.0407e-6, 0.0] == sizes[8, 4.0407e-6, 1e-4] == sizes[10, 4.704e-5, 0.0] == 1
 
 
+@pytest.mark.parameter("lr", "lr_encoder")
 def test_lr_moves_heads_and_decoder_and_lr_encoder_the_encoder() -> None:
     model = ModelConfig(variant="nano")
 
@@ -76,6 +77,7 @@ def test_a_frozen_encoder_is_left_out() -> None:
     assert [name for name in names if name.startswith("backbone.0.projector.")]
 
 
+@pytest.mark.parameter("lr_encoder")
 def test_lr_encoder_zero_freezes_the_encoder() -> None:
     engine = build_engine(tiny.model_config(), tiny.train_config(lr_encoder=0))
     before = {name: value.clone() for name, value in engine.raw_model.state_dict().items()}
@@ -87,6 +89,7 @@ def test_lr_encoder_zero_freezes_the_encoder() -> None:
     assert all(p.grad is None and not p.requires_grad for p in engine.raw_model.backbone[0].encoder.parameters())
 
 
+@pytest.mark.parameter("weight_decay")
 @pytest.mark.parametrize("decay", [0.1, 0.0])
 def test_weight_decay_alone_shrinks_what_has_it(decay: float) -> None:
     train = tiny.train_config(weight_decay=decay)

@@ -53,6 +53,7 @@ def test_the_line_says_loss_map_speed_and_time_left(
     ]
 
 
+@pytest.mark.parameter("progress_bar")
 @pytest.mark.parametrize("style", ["tqdm", "rich"])
 def test_a_bar_is_drawn_on_stderr(
     style: str, dataset: PreparedDataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -65,6 +66,7 @@ def test_a_bar_is_drawn_on_stderr(
     assert "images/s" in " ".join(err.split())
 
 
+@pytest.mark.parameter("progress_bar")
 def test_none_draws_nothing(dataset: PreparedDataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(tiny.job(dataset, tmp_path, epochs=1, progress_bar=None))
     assert capfd.readouterr() == ("", "")

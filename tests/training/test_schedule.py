@@ -78,6 +78,7 @@ def test_every_group_is_scaled_by_the_same_factor() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == [rate * factor for rate in base]
 
 
+@pytest.mark.parameter("lr_scheduler", "warmup_epochs")
 def test_the_schedule_reaches_the_optimizer(
     monkeypatch: pytest.MonkeyPatch, dataset: PreparedDataset, tmp_path: Path
 ) -> None:
