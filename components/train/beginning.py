@@ -31,7 +31,8 @@ def fetch_checkpoints(context: StageContext, remote: Location, local: Path) -> b
         return False
     if (remote / checkpoint.LATEST).exists():
         remote.download_tree(local)
-        if checkpoint.load(local / checkpoint.LATEST).get("inputs") == context.inputs:
+        found = checkpoint.newest_whole(local)
+        if found is not None and found[1].get("inputs") == context.inputs:
             log.info("found the checkpoints of an interrupted attempt")
             return True
         log.info("the checkpoints found are of another configuration or dataset: training starts anew")
@@ -40,6 +41,14 @@ def fetch_checkpoints(context: StageContext, remote: Location, local: Path) -> b
     shutil.rmtree(local)
     local.mkdir()
     return False
+
+
+def resumed_checkpoint(context: StageContext) -> Callable[[], Path] | None:
+    """The file of `train.resume`, fetched when a training begins; one that has checkpoints of its own needs none."""
+    from rfdetr_core.pretrained import fetch_weights
+
+    uri = context.config.train.resume
+    return None if uri is None else lambda: fetch_weights(uri, cache=context.work / "resume")
 
 
 def start_weights(context: StageContext) -> Callable[[], WeightFile] | None:

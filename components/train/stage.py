@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from components.runtime import Stage, StageContext, run_stage
-from components.train.beginning import fetch_checkpoints, start_weights
+from components.train.beginning import fetch_checkpoints, resumed_checkpoint, start_weights
 from components.train.uploader import Uploader
 from rfdetr_core import hardware
 
@@ -47,6 +47,7 @@ def body(context: StageContext) -> None:
         grad_accum_steps=probe["grad_accum_steps"],
         inputs=context.inputs,
         start_weights=None if continued else start_weights(context),
+        resume=None if continued else resumed_checkpoint(context),
     )
     context.stop.deferred = True  # SIGTERM: finish the optimizer step, leave a checkpoint, then end
     with Uploader(remote, last=LATEST) as uploader:

@@ -14,6 +14,7 @@ from rfdetr_core.errors import CheckpointError, MissingObjectError
 from rfdetr_core.models.file_form import refuse_other_forms
 from rfdetr_core.models.published import PUBLISHED
 from rfdetr_core.pretrained import fetch_weights
+from rfdetr_core.storage import location
 
 PUT = "rfdetr-pipeline weights put brings published weights into the store and prints their URI"
 
@@ -36,10 +37,15 @@ log = logging.getLogger("stage.validate_dataset")
 def check_weights(context: StageContext) -> None:
     """Look at `model.pretrain_weights`, if there are any, and write weights.json: URI, size, MD5, published name.
 
+    Of `train.resume` it is asked only whether it is there: the train stage knows whether it needs it.
+
     Raises:
         StorageAccessError: there is no such file, or it may not be read.
         CheckpointError: it is no weight file, cut off, or published for another variant.
     """
+    resume = context.config.train.resume
+    if resume is not None and not location(resume).exists():
+        raise MissingObjectError(f"train.resume: {resume}: no such file", hint="check the path")
     uri = context.config.model.pretrain_weights
     if uri is None:
         return

@@ -13,7 +13,7 @@ from rfdetr_core.config.base import home_expanded
 from rfdetr_core.config.model import VARIANTS
 from rfdetr_core.config.problems import redact, show
 from rfdetr_core.config.run import RunConfig
-from rfdetr_core.config.train import MOVED_TO_MODEL
+from rfdetr_core.config.train import MOVED_TO_MODEL, OWN_CHECKPOINT
 from rfdetr_core.config.unbuilt import refuse_other_channels
 from rfdetr_core.config.yaml_text import DEEPEST, read_scalar, read_yaml, write_yaml
 from rfdetr_core.errors import ConfigError
@@ -203,7 +203,7 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(fields, dict):
             continue
         path = fields.get(name)
-        if isinstance(path, str) and path and "://" not in path:
+        if isinstance(path, str) and path not in OWN_CHECKPOINT and "://" not in path:
             result[section] = {**fields, name: str(home_expanded(path).absolute())}
     return result
 

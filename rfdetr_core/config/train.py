@@ -22,6 +22,9 @@ API_ONLY = {
 MOVED_TO_MODEL = ("group_detr", "ia_bce_loss", "segmentation_head", "num_select")
 """Deprecated here: they belong to the architecture, and are forwarded to the model section."""
 
+OWN_CHECKPOINT = ("", "auto", "last")
+"""Values of `resume` that mean the training's own checkpoint, which is continued anyway."""
+
 
 def _batch_size(value: Any) -> Any:
     if value == "auto":
@@ -55,8 +58,8 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def _empty_is_null(value: Any) -> Any:
-    return None if value == "" else value
+def _own_is_null(value: Any) -> Any:
+    return None if value in OWN_CHECKPOINT else value
 
 
 def _devices(value: Any) -> Any:
@@ -95,8 +98,9 @@ class TrainConfig(Config):
     """Passes over the training images."""
     max_hours: Float | None = Field(default=None, gt=0)
     """Hours after which training ends with the epoch it is in; null: no limit."""
-    resume: Annotated[Uri | None, BeforeValidator(_empty_is_null)] = None
-    """Checkpoint to start from; in a pipeline only while the run has no checkpoint of its own."""
+    resume: Annotated[Uri | None, BeforeValidator(_own_is_null)] = None
+    """Checkpoint file to continue, in full from checkpoint.pth or checkpoint_<N>.pth, with its weights only from
+    others; a training that has a checkpoint of its own continues that one, as it does with null or "auto"."""
     seed: Int | None = Field(default=None, ge=0, le=2**32 - 1)
     """Seed of weights, data order and augmentation; null draws one."""
     notes: Annotated[Any, BeforeValidator(plain_json)] = None

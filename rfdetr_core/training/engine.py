@@ -141,7 +141,7 @@ class Engine:
                 break
             with self.fabric.no_backward_sync(self.model, enabled=position < len(window) - 1):
                 pixels, targets = batch.on(self.device)
-                outputs = self.model(pixels)
+                outputs = self.model(pixels, batch.mask_on(self.device))
                 terms = self.criterion(outputs, targets)
                 loss = self.criterion.total(terms)
                 self.fabric.backward(loss / len(window))

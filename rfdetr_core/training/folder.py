@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
@@ -27,6 +28,7 @@ from rfdetr_core.data.splitting import fill_missing_splits
 from rfdetr_core.data.validation import Report, ValidSplit, validate
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.models.weight_file import WeightFile
+from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.batch_size import probe
@@ -41,6 +43,12 @@ NO_INFLUENCE = {
     "prefetch_factor",
     "progress_bar",
     "checkpoint_minutes",
+    "max_hours",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "project",
+    "run",
 }
 """Fields of TrainConfig that may change between an interrupted training and its continuation."""
 
@@ -71,10 +79,12 @@ def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None
     dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options)
     model = section.for_dataset(len(dataset.class_map))
     inputs = _inputs(model, train, dataset, start)
-    _refuse_another_training(output, inputs)
+    resume = None if train.resume is None else partial(fetch_weights, train.resume)
+    if train.resume is None or Path(train.resume).expanduser().resolve().parent != output:
+        _refuse_another_training(output, inputs)
     batch_size, grad_accum_steps = _batch(model, train, dataset, inputs, output / "probe.json")
     weights = None if start is None else start.weights
-    return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs, weights)
+    return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs, weights, resume)
 
 
 def dataset_in_folder(source: Path, folder: Path, split: str) -> PreparedDataset:
@@ -136,7 +146,7 @@ def _refuse_another_training(output: Path, inputs: str) -> None:
         if path.exists() and checkpoint.load(path).get("inputs") != inputs:
             raise ConfigError(
                 f"{path}: is of another training (other settings, data or start weights)",
-                hint="give another output_dir",
+                hint=f"give another output_dir, or continue it with resume={str(path)!r}",
             )
 
 

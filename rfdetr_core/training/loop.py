@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +20,7 @@ from rfdetr_core.config import TrainConfig
 from rfdetr_core.data.loading import Batch, EpochSampler, LoaderSettings, eval_loader, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.data.scales import configured_scales
-from rfdetr_core.errors import Terminated
+from rfdetr_core.errors import DatasetError, Terminated
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint, metrics_log
@@ -28,6 +28,7 @@ from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source, periodic
 from rfdetr_core.training.clock import Clock
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
 from rfdetr_core.training.engine import Engine, build_engine
+from rfdetr_core.training.loggers import open_loggers
 from rfdetr_core.training.progress import Progress
 from rfdetr_core.training.schedule import Schedule
 from rfdetr_core.training.state import (
@@ -66,6 +67,7 @@ class TrainingResult:
     best_score: float
     best_epoch: int  # zero-based
     stopped_early: bool
+    skipped: tuple[str, ...]  # unreadable training images that were left out
     images_per_second: float  # of this process, evaluation and checkpoints included
     seconds: float  # of this process
 
@@ -120,6 +122,7 @@ def train(
         grad_accum_steps=job.grad_accum_steps,
         seed=position.seed,
         scales=scales,
+        per_sample=config.multi_scale == "per-sample",
     )
     position.align(sampler.steps_per_epoch)
     loader, valid_loader = _loaders(job, engine, sampler, train_split, valid_split, position.seed)
@@ -136,7 +139,12 @@ def train(
     clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
     save_now = partial(_save, clock, job, engine, position, stopping, publish=publish)
 
-    with Progress(style=config.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress:
+    with (
+        open_loggers(
+            config, job.output, parameters=_parameters(job), history=position.history, runs=position.trackers
+        ) as loggers,
+        Progress(style=config.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress,
+    ):
         while position.epoch < config.epochs and not position.stopped_early and clock.total < budget:
             # ---- one epoch of optimizer steps -------------------------------------------------------------
             sampler.start(position.epoch, position.step)
@@ -154,6 +162,7 @@ def train(
                 if terms is None:
                     save_now(LATEST)
                     raise _terminated(position)
+                _count_skipped(position, window, train_split, config.skip_corrupt)
                 position.step += 1
                 position.global_step += 1
                 for name, value in terms.items():
@@ -197,6 +206,7 @@ def train(
             row["images_per_second"] = progress.images_per_second
             position.history.append(row)
             metrics_log.append(job.output, position.history)
+            loggers.log(row)
             _tell(row, config.epochs)
             clock.warn_of_waiting(config.num_workers)
 
@@ -228,6 +238,7 @@ def train(
             test_row = _test(job, engine, position, stop_requested)
             position.history.append(test_row)
             metrics_log.append(job.output, position.history)
+            loggers.log(test_row)
             save_now(LATEST)
 
     source = best_source(position.best)
@@ -239,6 +250,7 @@ def train(
         best_score=position.best[source]["score"],
         best_epoch=int(position.best[source]["epoch"]),
         stopped_early=position.stopped_early,
+        skipped=tuple(str(train_split.table.file_names[image]) for image in position.skipped),
         images_per_second=progress.images_per_second,
         seconds=time.monotonic() - started,
     )
@@ -259,6 +271,17 @@ def _save(
         save(job, engine, position, stopping, name, publish)
     if name == LATEST:
         clock.saved()
+
+
+def _parameters(job: TrainingJob) -> dict[str, Any]:
+    """What trackers show beside the curves."""
+    return {
+        "model": job.model.model_dump(mode="json"),
+        "train": job.train.model_dump(mode="json"),
+        "dataset": {"digest": job.dataset.digest, "classes": list(job.dataset.class_map.names)},
+        "batch_size": job.batch_size,
+        "grad_accum_steps": job.grad_accum_steps,
+    }
 
 
 def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: Callable[[], bool]) -> dict[str, Any]:
@@ -289,6 +312,10 @@ def _loaders(
         seed=seed,
         scale_jitter=config.scale_jitter,
         flip=config.aug_config is None,
+        aug_config=config.aug_config,
+        square=config.square_resize_div_64,
+        multiple=job.model.block,
+        skip_corrupt=config.skip_corrupt,
     )
     train_batches.generator = torch.Generator()
     return train_batches, _eval_loader(job, engine, valid)
@@ -324,6 +351,24 @@ def _windows(loader: DataLoader[Any], accum: int, clock: Clock) -> Iterator[list
         yield window
 
 
+def _count_skipped(position: Position, window: Sequence[Batch], split: PreparedSplit, limit: int) -> None:
+    """Note the unreadable images of a window, each once.
+
+    Raises:
+        DatasetError: there are more than `train.skip_corrupt` allows.
+    """
+    for image in sorted({image for batch in window for image in batch.skipped} - set(position.skipped)):
+        position.skipped.append(image)
+        name, count = split.table.file_names[image], len(position.skipped)
+        log.warning("image %s cannot be read and is left out: %d of train.skip_corrupt: %d", name, count, limit)
+    if len(position.skipped) > limit:
+        names = ", ".join(str(split.table.file_names[image]) for image in position.skipped[:8])
+        raise DatasetError(
+            f"{len(position.skipped)} training images cannot be read, train.skip_corrupt allows {limit}: {names}",
+            hint="mend or remove them in the source and prepare the dataset again",
+        )
+
+
 def _terminated(position: Position) -> Terminated:
     return Terminated(
         f"stopped on request after optimizer step {position.global_step}",
@@ -348,7 +393,10 @@ def _announce(
         f"{scales[0]}..{scales[-1]}" if len(scales) > 1 else scales[0],
         position.seed,
     )
-    if position.global_step:
+    if position.epoch >= job.train.epochs:
+        asked = job.train.epochs
+        log.info("%d epochs are trained already, train.epochs asks for %d: nothing to train", position.epoch, asked)
+    elif position.global_step:
         log.info("continuing after epoch %d, optimizer step %d", position.epoch, position.global_step)
 
 
