@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long golden bench peer lint compile docs lock clean
+.PHONY: help setup demo test test-long parameters golden bench peer lint compile docs lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(READY) ## Run the tests
 
 test-long: demo ## Run the demo and check it, the DAG on real images, and the full-size reference cases
 	$(BIN)/python -m pytest -m long
+
+parameters: $(READY) ## Run the tests of every training parameter, a line per parameter
+	$(BIN)/python -m tests.parameters
 
 golden: $(READY) ## Compare with the reference numbers, a line per golden file
 	$(BIN)/python -m tests.models.golden_report

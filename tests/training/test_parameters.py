@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from rfdetr_core import RFDETRPico
+from rfdetr_core.config import ModelSection, TrainConfig
+from rfdetr_core.config.table import SEED_MODEL, SEED_TRAIN
 from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.data.prepared import PreparedDataset
@@ -26,6 +30,7 @@ from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.training import checkpoint, validation
 from rfdetr_core.training.engine import Engine, build_engine
 from rfdetr_core.training.loop import train
+from tests import parameters
 from tests.training import tiny
 from tests.training.test_loop import Scores
 
@@ -152,7 +157,10 @@ def test_checkpointing_is_said_to_the_constructor(coco: Path, tmp_path: Path, mo
     [
         pytest.param({}, [1.0] * 10, id="defaults", marks=pytest.mark.parameter("lr_scheduler", "warmup_epochs")),
         pytest.param(
-            {"lr_drop": 1}, [1.0] * 5 + [0.1] * 5, id="step drops", marks=pytest.mark.parameter("lr_scheduler")
+            {"lr_drop": 1},
+            [1.0] * 5 + [0.1] * 5,
+            id="step drops",
+            marks=pytest.mark.parameter("lr_scheduler", "lr_drop"),
         ),
         pytest.param(
             {"lr_scheduler": "cosine"},
@@ -443,3 +451,62 @@ def test_a_contradiction_to_the_constructor_is_refused(
 def test_an_unknown_parameter_names_the_nearest(coco: Path, tmp_path: Path, given: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=rf"train\(\): {given}: unknown field; did you mean {nearest}\?"):
         RFDETRPico().train(dataset_dir=coco, output_dir=tmp_path, **{given: 3})
+
+
+# ---- the table of all of them -------------------------------------------------------------------------------------
+
+
+def test_the_list_is_that_of_the_seed_and_its_defaults_are_ours() -> None:
+    assert set(parameters.SEED) == SEED_TRAIN | SEED_MODEL
+    for name, default in parameters.SEED.items():
+        owner = TrainConfig if name in SEED_TRAIN else ModelSection
+        ours = owner.model_fields[name].default
+        assert ours is None if default in ("required", "model-specific") else ours == default, name
+
+
+PROVEN = {name: {f"test_{name}": "passed"} for name in parameters.SEED}
+
+
+@pytest.mark.parametrize(
+    ("found", "said", "proven"),
+    [
+        ({}, "48 parameters of the seed, none missing", True),
+        ({"lr": {}}, "lr: no test", False),
+        ({"lr": {"a": "passed", "b": "failed"}}, "lr: failed", False),
+        ({"lr": {"a": "skipped"}}, "lr: skipped", False),
+        ({"lr": {"a": "passed", "b": "skipped"}}, "48 parameters of the seed, none missing", True),
+        ({"lr": {"a": "passed", "b": ""}}, "lr: not finished", False),
+        ({"skip_corrupt": {"a": "failed"}, "epochs": {}}, "epochs: no test; skip_corrupt: failed", False),
+        ({"learning_rate": {"a": "passed"}}, "learning_rate: no such parameter", False),
+    ],
+)
+def test_the_table_says_what_is_not_proven(found: dict[str, Any], said: str, proven: bool) -> None:
+    lines, verdict = parameters.report({**PROVEN, **found}, ran=True)
+    assert (lines[-1], verdict) == (said, proven)
+    table = {line.split()[0]: line.split()[1:] for line in lines}
+    assert table["epochs"] == ["100", "0", "no", "test"] if "epochs" in found else ["100", "1", "passed"]
+    assert ("skip_corrupt" in table) is ("skip_corrupt" in found)
+
+
+def test_the_command_runs_the_tests_of_the_marker(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import pytest\n"
+        "@pytest.mark.parameter('lr', 'epochs')\n"
+        "def test_good(): pass\n"
+        "@pytest.mark.parameter('lr')\n"
+        "def test_bad(): raise ValueError\n"
+        "@pytest.mark.parameter('seed')\n"
+        "@pytest.mark.long\n"
+        "def test_long(): pass\n"
+        "def test_of_nothing(): raise ValueError\n"
+    )
+    command = [sys.executable, "-m", "tests.parameters", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+    assert done.returncode == 1
+    assert table["lr"] == ["0.0001", "2", "failed"]
+    assert table["epochs"] == ["100", "1", "passed"]
+    assert table["seed"] == ["null", "0", "no", "test"]
+    assert "1 failed, 1 passed, 2 deselected" in done.stdout
+    assert done.stdout.splitlines()[-2].endswith("::test_bad")
