@@ -10,24 +10,35 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rfdetr_core.config.augment import AugConfig, parse_augmentations
 from rfdetr_core.data.augment import augment
+from rfdetr_core.data.decoding import decode_for_training
 from rfdetr_core.data.images import REVERSES_X, REVERSES_Y, decode_image, why_unreadable
 from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.data.transforms import View, aspect_size, draw_view, normalise, resample, to_square, view_boxes
+from rfdetr_core.data.transforms import (
+    View,
+    aspect_size,
+    draw_view,
+    normalise,
+    resample,
+    to_square,
+    view_boxes,
+    whole_pixels,
+)
 from rfdetr_core.errors import DatasetError, RFDETRError
+
+Decoded = TypeVar("Decoded")
 
 MIN_STEPS_PER_EPOCH = 5  # a tiny dataset is sampled with replacement up to this (training spec 4.5)
 
@@ -111,11 +122,11 @@ class _Images(Dataset[Any]):
         except RFDETRError as error:
             return error
 
-    def _decoded(self, image: int, *, at_least: int | None = None) -> Image.Image | str:
+    def _decoded(self, image: int, decode: Callable[[bytes, int], Decoded]) -> Decoded | str:
         """One image, RGB and upright; or why it cannot be read. A damaged shard is an error in itself."""
         data = self._split.read_bytes(image)
         try:
-            return decode_image(data, int(self._split.index.orientations[image]), at_least=at_least)
+            return decode(data, int(self._split.index.orientations[image]))
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders let a broken file raise whatever it leads them to
@@ -189,32 +200,39 @@ class TrainImages(_Images):
         size = (draw.side, draw.side) if self._square else aspect_size(view, draw.side)
         # The window ends at `size` pixels: decode no more than what the resampling can use.
         shrink = max(size[0] / view.width, size[1] / view.height)
-        image = self._decoded(draw.image, at_least=math.ceil(shrink * min(width, height)))
-        if isinstance(image, str):
-            return image
-        on_decoded = _on_decoded(view, image.size, (width, height), int(self._split.index.orientations[draw.image]))
+        needed = math.ceil(shrink * min(width, height))
+        decoded = self._decoded(draw.image, partial(decode_for_training, at_least=needed))
+        if isinstance(decoded, str):
+            return decoded
         boxes, labels = self._targets(draw.image)
-        unit_boxes, kept = view_boxes(boxes, view)
-        pixels, labels = resample(image, size, on_decoded), labels[kept]
+        orientation = int(self._split.index.orientations[draw.image])
+        window, boxes = _on_decoded(view, boxes, (decoded.shape[1], decoded.shape[0]), (width, height), orientation)
+        unit_boxes, kept = view_boxes(boxes, window)
+        pixels, labels = resample(decoded, size, window), labels[kept]
         if self._augmentations:
             pixels, unit_boxes, kept = augment(pixels, unit_boxes, self._augmentations, rng)
             labels = labels[kept]
         return Item(pixels, unit_boxes, labels, draw.image)
 
 
-def _on_decoded(view: View, decoded: tuple[int, int], whole: tuple[int, int], orientation: int) -> View:
-    """A window of the whole image (width, height in pixels) in pixels of its scaled decode.
+def _on_decoded(
+    view: View, boxes: NDArray[np.float64], decoded: tuple[int, int], whole: tuple[int, int], orientation: int
+) -> tuple[View, NDArray[np.float64]]:
+    """A window of the whole image and boxes in it, in pixels of its scaled decode (sizes are width and height).
 
     That shrinks by a whole number, and its last row and column reach beyond the image where its sides are no
-    multiples; turned upright, they may be the first ones.
+    multiples; turned upright, they may be the first ones. The window becomes whole pixels of the decode.
     """
     shrink = round(whole[0] / decoded[0])
-    return view._replace(
-        left=view.left / shrink + (decoded[0] - whole[0] / shrink if orientation in REVERSES_X else 0.0),
-        top=view.top / shrink + (decoded[1] - whole[1] / shrink if orientation in REVERSES_Y else 0.0),
+    right = decoded[0] - whole[0] / shrink if orientation in REVERSES_X else 0.0
+    down = decoded[1] - whole[1] / shrink if orientation in REVERSES_Y else 0.0
+    window = view._replace(
+        left=view.left / shrink + right,
+        top=view.top / shrink + down,
         width=view.width / shrink,
         height=view.height / shrink,
     )
+    return whole_pixels(window, decoded), boxes / shrink + [right, down, right, down]
 
 
 class EvalImages(_Images):
@@ -228,7 +246,7 @@ class EvalImages(_Images):
         return len(self._split)
 
     def __getitem__(self, image: int) -> Item:
-        decoded = self._decoded(image)
+        decoded = self._decoded(image, decode_image)
         if isinstance(decoded, str):
             raise self._unreadable(image, decoded)
         table = self._split.table

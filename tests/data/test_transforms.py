@@ -27,6 +27,7 @@ from rfdetr_core.data.transforms import (
     resample,
     to_square,
     view_boxes,
+    whole_pixels,
 )
 from tests.data.helpers import picture
 from tests.models.golden import arrays
@@ -85,11 +86,21 @@ def test_to_square_is_pillow_s_resize() -> None:
     image = picture(70, 50)
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
     assert np.array_equal(to_square(image, 32), expected)
-    assert np.array_equal(resample(image, (32, 32), View(0, 0, 70, 50, flip=False)), expected)
-    assert np.array_equal(resample(image, (32, 32), View(0, 0, 70, 50, flip=True)), expected[:, ::-1])
-    cut = np.asarray(image.crop((10, 20, 40, 45)).resize((32, 32), Image.Resampling.BILINEAR))
-    window = resample(image, (32, 32), View(10, 20, 30, 25, flip=False))
-    assert np.abs(window[2:-2, 2:-2].astype(int) - cut[2:-2, 2:-2]).max() <= 1  # edges see what lies beyond them
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 64), (20, 90), (30, 25)])
+def test_the_fast_resize_of_training_is_pillow_s_within_one_level(size: tuple[int, int]) -> None:
+    image = picture(70, 50)
+    pixels = np.array(image)
+
+    def differences(view: View) -> int:
+        box = (view.left, view.top, view.left + view.width, view.top + view.height)
+        expected = np.asarray(image.crop([int(v) for v in box]).resize(size, Image.Resampling.BILINEAR)).astype(int)
+        return int(np.abs(resample(pixels, size, view) - (expected[:, ::-1] if view.flip else expected)).max())
+
+    for flip in (False, True):
+        assert differences(View(0, 0, 70, 50, flip=flip)) <= 1
+        assert differences(View(10, 20, 30, 25, flip=flip)) <= 1  # 30 x 25 to itself: no resampling at all
 
 
 def test_preprocess_is_resize_then_normalise() -> None:
@@ -222,14 +233,16 @@ def test_one_resampling_gives_what_resize_crop_resize_gives(width: int, height: 
         scaled = [round(v * short / min(width, height)) for v in (width, height)]
         first = smooth.resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR)
         second = first.crop((left, top, left + side, top + side)).resize((target, target), Image.Resampling.BILINEAR)
-        difference = np.abs(resample(smooth, (target, target), view).astype(int) - np.asarray(second).astype(int))
-        assert difference.mean() < 1 and difference.max() < 16
+        whole = whole_pixels(view, smooth.size)
+        difference = np.abs(resample(np.array(smooth), (target, target), whole) - np.asarray(second).astype(int))
+        assert difference.mean() < 1.5 and difference.max() < 24
 
         moved = boxes * ([scaled[0] / width, scaled[1] / height] * 2) - [left, top] * 2
         moved = np.clip(moved, 0, side) * target / side
         expected = moved[(moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])]
-        found, _ = view_boxes(boxes, view)
-        assert corners(found) * target == pytest.approx(expected, abs=1)
+        for window in (view, whole):
+            found, _ = view_boxes(boxes, window)
+            assert corners(found) * target == pytest.approx(expected, abs=1)
 
 
 @settings(deadline=None)
@@ -237,16 +250,17 @@ def test_one_resampling_gives_what_resize_crop_resize_gives(width: int, height: 
     width=st.integers(1, 3000), height=st.integers(1, 3000), seed=st.integers(0, 2**32), side=st.sampled_from([32, 56])
 )
 def test_a_window_never_leaves_its_image(width: int, height: int, seed: int, side: int) -> None:
-    """Pillow refuses a window that ends beyond the image, be it by a rounding."""
     rng = np.random.default_rng(seed)
-    strip = Image.new("RGB", (width, height) if width * height < 100_000 else (width, 1))
     for _ in range(5):
         view = draw_view(rng, width, height, scale_jitter=True, flip=True)
         assert view.left >= 0 and view.top >= 0 and view.width > 0 and view.height > 0
-        if strip.height == height:
-            assert resample(strip, (side, side), view).shape == (side, side, 3)
-        else:
-            assert resample(strip, (side, side), view._replace(top=0.0, height=1.0)).shape == (side, side, 3)
+        whole = whole_pixels(view, (width, height))
+        assert whole.left >= 0 and whole.left + whole.width <= width and whole.width >= 1
+        assert whole.top >= 0 and whole.top + whole.height <= height and whole.height >= 1
+        assert np.abs(np.subtract(whole[:4], view[:4])).max() <= 1
+        if width * height < 100_000:
+            pixels = np.zeros((height, width, 3), dtype=np.uint8)
+            assert resample(pixels, (side, side + 1), whole).shape == (side + 1, side, 3)
 
 
 def test_the_same_generator_draws_the_same_view() -> None:
