@@ -43,9 +43,14 @@ EXPERIMENT = "rfdetr"
 WANDB_START_SECONDS = 20.0
 # A pod that is preempted has 20 s in all. Rows are sent while training runs, so little is left for the end.
 WANDB_FINISH_SECONDS = 10.0
-# MLflow's own defaults are 120 s and 7 retries: a server that is away would cost each call a quarter of an hour.
-MLFLOW_WAITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-MLFLOW_LAST_WAITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+MLFLOW_SETTINGS = {
+    # Its own defaults are 120 s and 7 retries: a server that is away would cost a quarter of an hour.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the server's password along
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+MLFLOW_LAST_SETTINGS = {**MLFLOW_SETTINGS, "MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 PARAMETERS_PER_CALL = 100
 PARAMETER_LENGTH = 500
@@ -226,7 +231,7 @@ class _Mlflow:
         history: Sequence[Mapping[str, Any]],
         runs: dict[str, str],
     ) -> None:
-        with _environment({**MLFLOW_WAITS, "MLFLOW_DISABLE_TELEMETRY": "true"}):
+        with _environment(MLFLOW_SETTINGS):
             self._mlflow = importlib.import_module("mlflow")
             given = os.environ.get("MLFLOW_TRACKING_URI")
             if not given:
@@ -242,6 +247,7 @@ class _Mlflow:
             else:
                 self._client.update_run(run.info.run_id, status="RUNNING")
             self._id: str = run.info.run_id
+            log.info("MLflow run %s (%s) at %s", run.info.run_name, self._id, redact(given or own))
             runs["mlflow"] = self._id
             self._log_parameters(parameters, known=run.data.params)
             points = self._client.get_metric_history(self._id, "epoch") if run.data.metrics else []
@@ -257,12 +263,12 @@ class _Mlflow:
         # The epoch comes last: it marks a row that is there as a whole.
         ordered = sorted(values.items(), key=lambda item: item[0] == "epoch")
         points = [metric(name, value, now, step) for name, value in _mlflow_names(ordered).items()]
-        with _environment(MLFLOW_WAITS):
+        with _environment(MLFLOW_SETTINGS):
             for first in range(0, len(points), METRICS_PER_CALL):
                 self._client.log_batch(self._id, metrics=points[first : first + METRICS_PER_CALL])
 
     def close(self, status: Status) -> None:
-        with _environment(MLFLOW_LAST_WAITS if status == "killed" else MLFLOW_WAITS):
+        with _environment(MLFLOW_LAST_SETTINGS if status == "killed" else MLFLOW_SETTINGS):
             self._client.set_terminated(self._id, status=status.upper())
 
     def _known(self, run_id: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib
 import json
@@ -9,11 +10,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -371,7 +374,7 @@ def test_the_store_of_the_environment_and_default_names(
     assert experiment.name == "rfdetr" and run.info.run_name
     assert points == mlflow_numbers()
     assert not (tmp_path / "out").exists()
-    assert not {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_DISABLE_TELEMETRY"} & set(os.environ)
+    assert [name for name in os.environ if name.startswith("MLFLOW_")] == ["MLFLOW_TRACKING_URI"]
 
 
 @pytest.mark.slow
@@ -383,16 +386,19 @@ def test_mlflow_continues_the_run_and_has_each_step_once(
     """As many rows there as in the checkpoint; one more (killed before the next checkpoint); one less (it was away)."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     runs: dict[str, str] = {}
-    with pytest.raises(Terminated), opened(tmp_path, config(mlflow=True, run="r"), runs=runs) as loggers:
+    with pytest.raises(Terminated), opened(tmp_path, config(mlflow=True), runs=runs, budget=1) as loggers:
         for row in ROWS[:logged]:
             loggers.log(row)
         raise Terminated("preempted")
     first = dict(runs)
     assert mlflow_run(mlflow_store, runs["mlflow"])[1].info.status == "KILLED"
-    training(tmp_path, config(mlflow=True, run="r"), known=known, runs=runs)
+    with opened(tmp_path, config(mlflow=True), known=known, runs=runs, budget=2) as loggers:
+        for row in ROWS[known:]:
+            loggers.log(row)
     _, run, points = mlflow_run(mlflow_store, runs["mlflow"])
     assert runs == first and run.info.status == "FINISHED"
     assert points == mlflow_numbers()
+    assert run.data.params["budget"] == "1"  # MLflow changes no parameter
 
 
 @pytest.mark.slow
@@ -496,6 +502,87 @@ def test_a_server_that_is_away_costs_seconds_and_its_password_is_not_told(
     assert text.startswith("train.mlflow: MlflowException: ") and text.endswith("training goes on without it")
     assert "127.0.0.1" in text and "\n" not in text
     assert not any(secret in text for secret in ("hun%40ter", "hun@ter", "hunter5", "@2@"))
+
+
+@pytest.mark.slow
+def test_two_trainings_may_make_the_experiment_at_the_same_moment(
+    tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    look = MlflowClient.get_experiment_by_name
+    found: list[Any] = []
+
+    def look_before_the_other_one_is_done(client: Any, name: str) -> Any:
+        found.append(look(client, name))
+        if found == [None]:
+            client.create_experiment(name)
+        return found[-1]
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", look_before_the_other_one_is_done)
+    runs: dict[str, str] = {}
+    training(tmp_path, config(mlflow=True, project="at once"), runs=runs)
+    assert len(found) == 2 and mlflow_run(mlflow_store, runs["mlflow"])[0].name == "at once"
+
+
+class MlflowHandler(BaseHTTPRequestHandler):
+    """The answers that one run needs; `seen` gets the path, the user and the content of every request."""
+
+    seen: ClassVar[list[tuple[str, str, dict[str, Any]]]] = []
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        path = self.path.partition("?")[0].removeprefix("/api/2.0/mlflow/")
+        content = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        user = base64.b64decode(self.headers.get("Authorization", "").removeprefix("Basic ")).decode()
+        self.seen.append((path, user, content))
+        info = {
+            "run_id": "run1",
+            "run_uuid": "run1",
+            "run_name": "r",
+            "experiment_id": "1",
+            "lifecycle_stage": "active",
+        }
+        answers: dict[str, Any] = {
+            "experiments/get-by-name": {"experiment": {"experiment_id": "1", "name": "p"}},
+            "runs/create": {"run": {"info": info, "data": {}}},
+            "runs/get": {"run": {"info": info, "data": {}}},
+            "runs/log-batch": {},
+            "runs/update": {"run_info": info},
+        }
+        data = json.dumps(answers.get(path, {})).encode()
+        self.send_response(200 if path in answers else 404)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parameter("mlflow")
+def test_a_server_gets_the_rows_and_nobody_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(MlflowHandler, "seen", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), MlflowHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter@127.0.0.1:{server.server_port}")
+        training(tmp_path, config(mlflow=True), to=1)
+        server.shutdown()
+    requests = [request for request in MlflowHandler.seen if request[0] in ("runs/log-batch", "runs/update")]
+    assert {user for _, user, _ in requests} == {"me:hunter"}
+    metrics = [(m["key"], m["step"], m["value"]) for _, _, content in requests for m in content.get("metrics", [])]
+    assert metrics == [("train/loss", 4, 17.25), ("epoch", 4, 0.0)]
+    assert requests[-1][2]["status"] == "FINISHED"
+    told = caplog.text + "".join(capfd.readouterr())
+    assert f"MLflow run r (run1) at http://***@127.0.0.1:{server.server_port}" in told
+    assert "hunter" not in told
 
 
 # --- packages
