@@ -16,7 +16,7 @@ from typing import Any
 from components.runtime import Stage, StageContext, run_stage
 from components.validate_dataset.weights import check_weights
 from rfdetr_core.config import RunConfig
-from rfdetr_core.data.formats.coco import read_coco_folder
+from rfdetr_core.data.formats.layout import read_folder
 from rfdetr_core.data.prepared import PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
@@ -54,7 +54,7 @@ def body(context: StageContext) -> None:
     check_weights(context)
     source = _source_folder(context)
     try:
-        class_map, splits = validate(read_coco_folder(source), report)
+        class_map, splits = validate(read_folder(source, config.dataset.format), report)
         splits = fill_missing_splits(splits, report)
     except DatasetError:
         _write_report(context.output, config, report, None)

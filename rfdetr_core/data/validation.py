@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rfdetr_core.data.annotations import SPLITS, AnnotationTable, ClassMap
-from rfdetr_core.data.formats.coco import IMAGE_SUFFIXES, UNPRINTABLE, SourceCategory, SourceSplit
+from rfdetr_core.data.formats.source import IMAGE_SUFFIXES, UNPRINTABLE, Severity, SourceCategory, SourceSplit
 from rfdetr_core.data.images import SWAPS_AXES, orientation_of, to_rgb
 from rfdetr_core.errors import DatasetError
-
-Severity = Literal["error", "warning", "note"]
 
 CLIP_TOLERANCE = 2.0  # px a box may leave its image by before it is worth a word (training spec 2.5)
 
@@ -152,17 +150,19 @@ def validate(
         if name not in splits:
             continue
         source = splits[name]
+        for remark in source.remarks:
+            report.add(*remark)
         _check_ids(source, report)
         _check_classes(source, class_map, splits["train"].categories, report)
         files = _decode_images(source, report, progress)
         _check_orientations(source, files, report)
-        _check_unlisted(source, report)
+        _check_unlisted(source, splits, report)
         if not report.errors:
             valid[name] = _to_table(source, class_map, files, report)
-    report.raise_errors(str(splits["train"].path.parent.parent))
+    report.raise_errors(str(splits["train"].root))
     _check_leakage(valid, report)
     _check_content(valid, class_map, report)
-    report.raise_errors(str(splits["train"].path.parent.parent))
+    report.raise_errors(str(splits["train"].root))
     return class_map, valid
 
 
@@ -204,12 +204,13 @@ def _check_ids(source: SourceSplit, report: Report) -> None:
 
 def _check_classes(source: SourceSplit, class_map: ClassMap, train: tuple[SourceCategory, ...], report: Report) -> None:
     known = np.isin(source.annotation_categories, class_map.source_ids)
+    own = {category.id: f" {category.name!r}" for category in source.categories}
     report.add(
         "unknown-category",
         "error",
         "annotation of a category that train does not have",
         (
-            f"{source.name}: annotation {a} names category {c}"
+            f"{source.name}: annotation {a} names category {c}{own.get(c, '')}"
             for a, c in zip(source.annotation_ids[~known], source.annotation_categories[~known], strict=True)
         ),
     )
@@ -286,15 +287,17 @@ def _check_orientations(source: SourceSplit, files: list[ImageFile | None], repo
     )
 
 
-def _check_unlisted(source: SourceSplit, report: Report) -> None:
-    listed = set(source.file_names)
+def _check_unlisted(source: SourceSplit, splits: dict[str, SourceSplit], report: Report) -> None:
+    # Splits may share a folder, or one's may lie within another's.
+    listed = {str(split.image_folder / name) for split in splits.values() for name in split.file_names}
     on_disk = (p for p in source.image_folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    names = (p.relative_to(source.image_folder).as_posix() for p in on_disk)
     report.add(
         "unlisted-image",
         "warning",
         "image lies in the folder but is not listed: not used",
-        sorted(f"{source.name}/{name}" for name in names if name not in listed),
+        sorted(
+            f"{source.name}/{p.relative_to(source.image_folder).as_posix()}" for p in on_disk if str(p) not in listed
+        ),
     )
 
 
@@ -310,7 +313,7 @@ def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | 
     rows = np.lexsort((source.annotation_ids, np.searchsorted(source.image_ids[order], source.annotation_images)))
     image_of = np.searchsorted(source.image_ids[order], source.annotation_images[rows])
     extent = np.stack([widths, heights, widths, heights], axis=1)[image_of].astype(np.float64)
-    xywh = source.bboxes[rows]
+    xywh = source.bboxes[rows] * extent if source.relative else source.bboxes[rows]
     with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and refused as such
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
@@ -321,7 +324,8 @@ def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | 
 
     def describe(selected: NDArray[np.bool_]) -> list[str]:
         return [
-            f"{source.name}/{names[image_of[r]]}: annotation {source.annotation_ids[rows[r]]} {xywh[r].tolist()}"
+            f"{source.name}/{names[image_of[r]]}: {source.annotation_name(rows[r], names[image_of[r]])}"
+            f" {xywh[r].tolist()}"
             for r in np.flatnonzero(selected)
         ]
 
@@ -385,6 +389,7 @@ def _check_content(splits: dict[str, ValidSplit], class_map: ClassMap, report: R
     train = splits["train"].table
     if not len(train.boxes[~train.crowd]):
         report.add("no-boxes", "error", "train has no usable box", ["train"])
+    trained = set(train.labels[~train.crowd].tolist())
     for name, split in splits.items():
         table = split.table
         if not len(table):
@@ -392,6 +397,13 @@ def _check_content(splits: dict[str, ValidSplit], class_map: ClassMap, report: R
         present = set(table.labels[~table.crowd].tolist())
         absent = [class_map.names[label] for label in range(len(class_map)) if label not in present]
         report.add("class-absent", "warning", "class without boxes", (f"{name}: {class_name}" for class_name in absent))
+        unlearned = [class_map.names[label] for label in sorted(present - trained)]
+        report.add(
+            "class-untrained",
+            "warning",
+            "class with boxes here and none in train: it cannot be learned",
+            (f"{name}: {class_name}" for class_name in unlearned),
+        )
         unlabelled = table.file_names[table.counts == 0]
         report.add("no-objects", "note", "image without boxes: a negative", (f"{name}/{f}" for f in unlabelled))
         in_image = np.repeat(np.arange(len(table)), table.counts)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rfdetr_core.data.formats.coco import SourceCategory, read_coco_folder, read_coco_split
+from rfdetr_core.data.formats.coco import read_coco_folder, read_coco_split
+from rfdetr_core.data.formats.source import SourceCategory
 from rfdetr_core.errors import DatasetError
 from tests.data.helpers import annotation, document, image_row, write_dataset, write_split
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rfdetr_core.data import validation
-from rfdetr_core.data.formats.coco import SourceCategory, SourceSplit, read_coco_folder
+from rfdetr_core.data.formats.coco import read_coco_folder
+from rfdetr_core.data.formats.source import SourceCategory, SourceSplit
 from rfdetr_core.data.images import decode_image
 from rfdetr_core.data.prepared import PrepareOptions, dataset_digest
 from rfdetr_core.data.validation import Finding, Report, build_class_map, validate
@@ -161,7 +162,7 @@ CASES: dict[str, list[tuple[str, Edit, list[str], Edit]]] = {
         (
             "error",
             valid(categories=[*CATEGORIES, THIRD], annotations=[annotation(9, category=3), annotation(10, category=2)]),
-            ["valid: annotation 9 names category 3"],
+            ["valid: annotation 9 names category 3 'bird'"],
             valid(categories=[*CATEGORIES, THIRD]),
         ),
     ],
@@ -296,6 +297,20 @@ CASES: dict[str, list[tuple[str, Edit, list[str], Edit]]] = {
             valid(annotations=[annotation(1), annotation(2, category=2, iscrowd=1)]),
             ["valid: dog"],
             valid(annotations=[annotation(1), annotation(2, category=2, iscrowd=0)]),
+        ),
+    ],
+    "class-untrained": [
+        (
+            "warning",
+            train(annotations=[annotation(1)]),
+            ["valid: dog"],
+            train(annotations=[annotation(1), annotation(2, category=2)]),
+        ),
+        (
+            "warning",
+            train(annotations=[annotation(1), annotation(2, category=2, iscrowd=1)]),
+            ["valid: dog"],
+            valid(annotations=[annotation(1), annotation(2, category=2, iscrowd=1)]),
         ),
     ],
     "no-objects": [
@@ -470,6 +485,7 @@ def class_map_of(categories: list[tuple[int, str, str]], used: list[int]) -> lis
     empty = np.empty(0, dtype=np.int64)
     source = SourceSplit(
         name="train",
+        root=Path(),
         path=Path("train.json"),
         image_folder=Path(),
         image_ids=empty,

@@ -1,4 +1,7 @@
-"""Reads COCO folders in the layout of Roboflow exports: {train,valid,test}/_annotations.coco.json and images.
+"""Reads COCO folders in two layouts.
+
+Roboflow's: {train,valid,test}/_annotations.coco.json with the images beside it. The standard one:
+annotations/instances_<split>*.json and the images in <split>*/.
 
 This module reads and judges the form only (is it JSON, are the keys there, are ids whole numbers); whether
 the content can be trained on is `validation.py`'s question.
@@ -8,70 +11,122 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rfdetr_core.data.annotations import SPLITS
+from rfdetr_core.data.formats.source import UNPRINTABLE, SourceCategory, SourceSplit, shown
 from rfdetr_core.errors import DatasetError
 
 ANNOTATION_FILE = "_annotations.coco.json"
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # cannot stand in a line of UTF-8
+INSTANCES = re.compile(r"instances_(?P<split>train|valid|val|test)(?P<suffix>.*)\.json")
 
 
-@dataclass(frozen=True)
-class SourceCategory:
-    """A row of `categories`."""
-
-    id: int
-    name: str
-    supercategory: str
-
-
-@dataclass(frozen=True)
-class SourceSplit:
-    """One split as its author wrote it: I images, A annotations, nothing dropped and nothing judged."""
-
-    name: str
-    path: Path  # the annotation file, for messages
-    image_folder: Path
-    image_ids: NDArray[np.int64]  # (I,)
-    file_names: tuple[str, ...]  # (I,) relative to image_folder
-    widths: NDArray[np.int64]  # (I,) as declared; -1 where absent
-    heights: NDArray[np.int64]  # (I,)
-    annotation_ids: NDArray[np.int64]  # (A,)
-    annotation_images: NDArray[np.int64]  # (A,) image ids
-    annotation_categories: NDArray[np.int64]  # (A,) category ids
-    bboxes: NDArray[np.float64]  # (A, 4) x, y, w, h in pixels
-    areas: NDArray[np.float64]  # (A,) NaN where absent
-    crowd: NDArray[np.bool_]  # (A,)
-    categories: tuple[SourceCategory, ...]
+def find_roboflow_coco(folder: Path) -> dict[str, Path]:
+    """The annotation files of a Roboflow export, keyed by train, valid, test; without train it is none: empty."""
+    found = {split: folder / name / ANNOTATION_FILE for split, name in _split_folders(folder).items()}
+    return {split: path for split, path in found.items() if path.is_file()} if found["train"].is_file() else {}
 
 
 def read_coco_folder(folder: Path) -> dict[str, SourceSplit]:
-    """All splits found in `folder`, keyed by train, valid, test.
+    """All splits of a Roboflow export in `folder`, keyed by train, valid, test.
 
     Raises:
-        DatasetError: no folder, no train split, or a file that is not a COCO document.
+        DatasetError: no folder, no train split, a split's folder without annotations, or a file that is not a COCO
+            document.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder", hint="give the folder that holds train/ and valid/")
-    found = {split: folder / split / ANNOTATION_FILE for split in SPLITS}
-    splits = {split: read_coco_split(split, path) for split, path in found.items() if path.is_file()}
-    if "train" not in splits:
+    found = find_roboflow_coco(folder)
+    if not found:
         raise DatasetError(
             f"{folder}: no annotations found (looked for train/{ANNOTATION_FILE})",
             hint="a COCO dataset has train/, valid/ and test/, each with images and that file",
         )
-    return splits
+    for split, name in _split_folders(folder).items():
+        if split not in found and (folder / name).is_dir():
+            # Not a split that the dataset does not have: taking it from train would hide that its labels are lost.
+            raise DatasetError(
+                f"{folder / name}: the {split} split has no {ANNOTATION_FILE}",
+                hint="export it again, or remove the folder to have the split taken from train",
+            )
+    return {split: read_coco_split(split, path) for split, path in found.items()}
 
 
-def read_coco_split(split: str, path: Path) -> SourceSplit:
-    """Read one annotation file; images lie beside it.
+def _split_folders(folder: Path) -> dict[str, str]:
+    valid = "val" if (folder / "val").is_dir() and not (folder / "valid").is_dir() else "valid"
+    return {"train": "train", "valid": valid, "test": "test"}
+
+
+def find_standard_coco(folder: Path) -> dict[str, Path]:
+    """The annotation files of the standard layout, keyed by train, valid, test; without train it is none: empty.
+
+    Raises:
+        DatasetError: two files for one split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted((folder / "annotations").glob("instances_*.json")):
+        if (match := INSTANCES.fullmatch(path.name)) is None:
+            continue
+        split = "valid" if match["split"] == "val" else match["split"]
+        if split in found:
+            raise DatasetError(
+                f"{folder / 'annotations'}: {found[split].name} and {path.name} both describe the {split} split",
+                hint="leave one of them there",
+            )
+        found[split] = path
+    return found if "train" in found else {}
+
+
+def read_standard_coco_folder(folder: Path) -> dict[str, SourceSplit]:
+    """All splits of a folder with annotations/instances_<split>*.json and images in <split>*/ (training spec 2.1).
+
+    <split> is train, val or valid, test. The images may also lie in images/<split>*/, or all in images/.
+
+    Raises:
+        DatasetError: no train split, two files for one split, no folder of images for a split, or a file that is not
+            a COCO document.
+    """
+    found = find_standard_coco(folder)
+    if not found:
+        raise DatasetError(
+            f"{folder}: no annotations found (looked for annotations/instances_train*.json)",
+            hint="the standard layout of COCO has annotations/instances_train*.json and a train*/ folder of images",
+        )
+    return {
+        split: read_coco_split(split, path, root=folder, image_folder=_standard_images(folder, path))
+        for split, path in found.items()
+    }
+
+
+def _standard_images(folder: Path, path: Path) -> Path:
+    """The folder named as the annotation file says, else the only one whose name begins so, else images/."""
+    match = INSTANCES.fullmatch(path.name)
+    split, suffix = (match["split"], match["suffix"]) if match else ("", "")
+    begins = "val" if split == "valid" else split
+    for parent in (folder, folder / "images"):
+        if (parent / f"{split}{suffix}").is_dir():
+            return parent / f"{split}{suffix}"
+    for parent in (folder, folder / "images"):
+        alike = sorted(p for p in parent.glob(f"{begins}*") if p.is_dir())
+        if len(alike) > 1:
+            raise DatasetError(
+                f"{path}: {' and '.join(f'{p.name}/' for p in alike)} may both hold its images",
+                hint=f"name the right one {split}{suffix}/",
+            )
+        if alike:
+            return alike[0]
+    if (folder / "images").is_dir():
+        return folder / "images"
+    raise DatasetError(f"{path}: no folder of images for it", hint=f"put them into {folder / f'{split}{suffix}'}/")
+
+
+def read_coco_split(
+    split: str, path: Path, *, root: Path | None = None, image_folder: Path | None = None
+) -> SourceSplit:
+    """Read one annotation file; images lie beside it, in a split's folder of `root`, if nothing else is said.
 
     Raises:
         DatasetError: unreadable, not JSON, a required key absent or of the wrong type.
@@ -83,8 +138,9 @@ def read_coco_split(split: str, path: Path) -> SourceSplit:
     file_names = tuple(_file_name(row, index, path) for index, row in enumerate(images))
     return SourceSplit(
         name=split,
+        root=root or path.parent.parent,
         path=path,
-        image_folder=path.parent,
+        image_folder=image_folder or path.parent,
         image_ids=_integers(images, "images", "id", path),
         file_names=file_names,
         widths=_integers(images, "images", "width", path, absent=-1),
@@ -140,7 +196,7 @@ def _integers(
             value = absent
         number = _whole_number(value)
         if number is None:
-            found = "absent" if key not in row else _shown(value)
+            found = "absent" if key not in row else shown(value)
             raise DatasetError(f"{path}: {table}[{index}].{key} must be a whole number, found {found}")
         values[index] = number
     return values
@@ -164,9 +220,9 @@ def _crowd(rows: list[dict[str, Any]], path: Path) -> NDArray[np.bool_]:
 def _text(row: dict[str, Any], table: str, index: int, key: str, path: Path) -> str:
     text = row.get(key)
     if not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{path}: {table}[{index}].{key} must be a text, found {_shown(text)}")
+        raise DatasetError(f"{path}: {table}[{index}].{key} must be a text, found {shown(text)}")
     if UNPRINTABLE.search(text):
-        raise DatasetError(f"{path}: {table}[{index}].{key} {_shown(text)} holds an unprintable character")
+        raise DatasetError(f"{path}: {table}[{index}].{key} {shown(text)} holds an unprintable character")
     return text
 
 
@@ -175,7 +231,7 @@ def _file_name(row: dict[str, Any], index: int, path: Path) -> str:
     relative = PurePosixPath(name)
     if not relative.parts or relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise DatasetError(
-            f"{path}: images[{index}].file_name {_shown(name)} leaves its split's folder",
+            f"{path}: images[{index}].file_name {shown(name)} leaves its split's folder",
             hint="use names relative to the annotation file, with /",
         )
     return str(relative)  # "./a.jpg" is the same file as "a.jpg"
@@ -187,7 +243,7 @@ def _bboxes(rows: list[dict[str, Any]], path: Path) -> NDArray[np.float64]:
         bbox = row.get("bbox")
         if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(v) for v in bbox)):
             raise DatasetError(
-                f"{path}: annotations[{index}].bbox must be four numbers x, y, w, h, found {_shown(bbox)}"
+                f"{path}: annotations[{index}].bbox must be four numbers x, y, w, h, found {shown(bbox)}"
             )
         boxes[index] = bbox
     return boxes
@@ -200,7 +256,7 @@ def _areas(rows: list[dict[str, Any]], path: Path) -> NDArray[np.float64]:
         if area is None:
             continue
         if not _is_number(area):
-            raise DatasetError(f"{path}: annotations[{index}].area must be a number, found {_shown(area)}")
+            raise DatasetError(f"{path}: annotations[{index}].area must be a number, found {shown(area)}")
         areas[index] = area
     return areas
 
@@ -220,12 +276,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, int):
         return abs(value) < 10**300  # beyond that the conversion to float64 overflows
     return isinstance(value, float)  # NaN and infinity are numbers here; validation refuses them
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON has it, short and on one line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def _kind(value: Any) -> str:
