@@ -33,7 +33,6 @@ NOT_BUILT: dict[str, Unbuilt] = {
     "model.fused_optimizer": Unbuilt("the choice of AdamW's kernel"),
     "model.device": Unbuilt("the old spelling of train.accelerator"),
     "train.eval_masks_head_resolution": Unbuilt("masks"),
-    "train.compute_train_metrics": Unbuilt("metrics on the training images"),
     "train.class_names": Unbuilt("the check of class names"),
     "train.dataset_file": Unbuilt("a layout other than the one found"),
     "train.save_dataset_grids": Unbuilt("pictures of batches"),

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import DatasetError, Terminated
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.storage.local import local_errors
-from rfdetr_core.training import checkpoint, metrics_log
+from rfdetr_core.training import checkpoint, doctor, metrics_log
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source, periodic_name
 from rfdetr_core.training.clock import Clock
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
@@ -46,12 +46,16 @@ from rfdetr_core.training.state import (
     smooth,
     start_position,
 )
-from rfdetr_core.training.validation import models_to_evaluate, validate
+from rfdetr_core.training.train_metrics import TrainMetrics
+from rfdetr_core.training.validation import Validation, metric_columns, models_to_evaluate, validate
 
 __all__ = ["TrainingJob", "TrainingResult", "train"]
 
 WEIGHTS_REPORT = "weights.json"
 """What of the start weights was loaded, cut or left out; only where a training starts from some."""
+
+DOCTOR_REPORT = "doctor.json"
+"""What looked wrong after the first evaluation; an empty list if nothing did."""
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +149,17 @@ def train(
         ) as loggers,
         Progress(style=config.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress,
     ):
-        while position.epoch < config.epochs and not position.stopped_early and clock.total < budget:
+        while (
+            position.epoch < config.epochs
+            and not position.stopped_early
+            and (not position.epoch or clock.total < budget)
+        ):
             # ---- one epoch of optimizer steps -------------------------------------------------------------
             sampler.start(position.epoch, position.step)
             evaluates = (position.epoch + 1) % config.eval_interval == 0 or position.epoch + 1 == config.epochs
+            train_metrics = None
+            if config.compute_train_metrics and evaluates:
+                train_metrics = TrainMetrics(num_queries=job.model.num_queries, num_select=job.model.num_select)
             for window in _windows(loader, job.grad_accum_steps, clock):
                 factor = schedule.factor(position.global_step)
                 with clock.running("step"):
@@ -157,6 +168,7 @@ def train(
                         factor=factor,
                         global_step=position.global_step,
                         image_names=train_split.table.file_names,
+                        observe=train_metrics.add if train_metrics is not None else None,
                         stop_requested=stop_requested,
                     )
                 if terms is None:
@@ -197,6 +209,11 @@ def train(
                     raise _terminated(position)
                 row |= validation.row("val", per_class=config.log_per_class_metrics)
                 progress.evaluated(max(metrics.map for metrics in validation.scores.values()))
+                if train_metrics is not None:
+                    metrics = train_metrics.result(job.dataset.class_map, max_dets=config.eval_max_dets)
+                    row |= metric_columns(metrics, "train/", per_class=False)
+                if not any(name.startswith("val/") for past in position.history for name in past):
+                    _examine(job, validation, row, position)
                 smooth(job, position, validation.scores)
                 if position.epoch >= config.skip_best_epochs:
                     with clock.running("checkpoint"):
@@ -297,6 +314,25 @@ def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: 
     log.info("best weights on the test split: mAP %.3f", found.scores["regular"].map)
     row: dict[str, Any] = {"epoch": position.epoch, "step": max(0, position.global_step - 1)}
     return row | found.row("test", per_class=job.train.log_per_class_metrics)
+
+
+def _examine(job: TrainingJob, validation: Validation, row: Mapping[str, Any], position: Position) -> None:
+    """Say what looks wrong after the first evaluation, in the log and in doctor.json."""
+    source: Source = "ema" if "ema" in validation.scores else "regular"
+    symptoms = doctor.examine(
+        metrics=validation.scores[source],
+        detections=validation.detections[source],
+        table=job.dataset.split("valid").table,
+        class_map=job.dataset.class_map,
+        model=job.model,
+        train=job.train,
+        losses={name.removeprefix("train/"): row[name] for name in row if name.startswith("train/loss")},
+        images=position.global_step * job.batch_size * job.grad_accum_steps,
+        start_weights=position.start is not None,
+    )
+    (job.output / DOCTOR_REPORT).write_text(json.dumps(doctor.to_json(symptoms), indent=2) + "\n")
+    for line in doctor.report_lines(symptoms):
+        log.warning("%s", line)
 
 
 def _loaders(

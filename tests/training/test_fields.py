@@ -1,0 +1,245 @@
+"""Fields of `train` that show in what the loop evaluates, writes and keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rfdetr_core.data.loading import LoaderSettings, eval_loader
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.errors import DatasetError
+from rfdetr_core.evaluation.evaluate import evaluate_model
+from rfdetr_core.training import checkpoint
+from rfdetr_core.training.clock import Clock
+from rfdetr_core.training.criterion import Criterion
+from rfdetr_core.training.engine import build_engine
+from rfdetr_core.training.loop import train
+from tests.training import tiny
+from tests.training.test_loop import Scores, best_files, latest, rows, weight_files
+
+LOSSES = {"loss", "loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_giou_enc"}
+
+
+def loss_of(dataset: PreparedDataset, split: str, weights: Path) -> dict[str, float]:
+    """The weighted loss and its terms by hand: batches of two, each normalised by its own boxes, mean over images."""
+    trained = checkpoint.load_trained(weights)
+    criterion = Criterion(trained.config).eval()
+    images, sums = dataset.split(split), {}
+    batches = eval_loader(images, LoaderSettings(0, None, None, None), torch.device("cpu"), resolution=32, batch_size=2)
+    for batch in batches:
+        pixels, targets = batch.on(torch.device("cpu"))
+        with torch.inference_mode():
+            terms = criterion(trained.module(pixels, with_aux=True), targets)
+        terms["loss"] = sum(terms[name] * weight for name, weight in criterion.weight_dict.items() if name in terms)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * 2
+    return {name: value / len(images) for name, value in sums.items()}
+
+
+@pytest.mark.parameter("compute_val_loss")
+class TestValidationLoss:
+    def test_it_is_the_loss_of_the_raw_weights(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path, epochs=1, compute_val_loss=True))
+        (row,) = rows(tmp_path)
+        expected = loss_of(dataset, "valid", tmp_path / "checkpoint_best_regular.pth")
+        for name in LOSSES:
+            assert row[f"val/{name}"] == pytest.approx(expected[name], rel=1e-4), name
+
+    def test_without_raw_evaluation_of_the_average(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path, epochs=1, compute_val_loss=True, eval_base_model=False))
+        expected = loss_of(dataset, "valid", tmp_path / "checkpoint_best_ema.pth")
+        assert rows(tmp_path)[0]["val/loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+    @pytest.mark.parametrize("value", [False, "auto"])  # nothing reads it by itself
+    def test_off(self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+        modes: list[bool] = []
+        forward = Criterion.forward
+
+        def record(self: Criterion, *args: Any) -> Any:
+            modes.append(self.training)
+            return forward(self, *args)
+
+        monkeypatch.setattr(Criterion, "forward", record)
+        train(tiny.job(dataset, tmp_path, epochs=1, compute_val_loss=value))
+        assert modes == [True] * 5
+        assert not [name for name in rows(tmp_path)[0] if name.startswith("val/loss")]
+
+
+@pytest.mark.parameter("compute_test_loss")
+class TestTestRun:
+    def test_a_last_row_tells_of_the_best_weights(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        job = tiny.job(dataset, tmp_path, epochs=2, run_test=True)
+        train(job)
+        *epochs, row = rows(tmp_path)
+        assert [r["epoch"] for r in epochs] == [0, 1]
+        assert row["epoch"] == 2
+        best = tmp_path / "checkpoint_best_total.pth"
+        metrics, _ = evaluate_model(
+            checkpoint.load_trained(best),
+            dataset.split("test"),
+            dataset.class_map,
+            batch_size=2,
+            max_dets=500,
+            device=torch.device("cpu"),
+            loading=LoaderSettings(0, None, None, None),
+        )
+        assert row["test/mAP_50_95"] == pytest.approx(metrics.map, abs=1e-6)
+        assert row["test/mAR"] == pytest.approx(metrics.mar, abs=1e-6)
+        assert row["test/loss"] == pytest.approx(loss_of(dataset, "test", best)["loss"], rel=1e-4)
+        train(job)  # a finished training tests once
+        assert len(rows(tmp_path)) == 3
+
+    def test_without_its_loss(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path, epochs=1, run_test=True, compute_test_loss=False))
+        assert "test/mAP_50_95" in rows(tmp_path)[-1]
+        assert "test/loss" not in rows(tmp_path)[-1]
+
+    def test_by_default_the_evaluate_stage_does_it(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path, epochs=1))
+        assert not [name for row in rows(tmp_path) for name in row if name.startswith("test/")]
+
+
+class TestBestModel:
+    def test_smoothing_decides_by_the_average_of_the_scores(
+        self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """m = 0.5 m + 0.5 score: 0.2, 0.3, 0.25, 0.275 of 0.4, 0.4, 0.2, 0.3; the second is the best."""
+        Scores(monkeypatch, raw=[0.4, 0.4, 0.2, 0.3])
+        result = train(tiny.job(dataset, tmp_path, epochs=4, use_ema=False, smooth_alpha=0.5))
+        assert (result.best_epoch, result.best_score) == (1, 0.4)
+        assert latest(tmp_path)["position"]["smoothed"] == pytest.approx(0.275)
+
+    def test_smoothing_leaves_the_average_alone(
+        self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Scores(monkeypatch, raw=[0.1, 0.1], ema=[0.5, 0.4])
+        train(tiny.job(dataset, tmp_path, epochs=2, smooth_alpha=0.9))
+        assert best_files(tmp_path) == {"regular": ("regular", 1), "ema": ("ema", 0), "total": ("ema", 0)}
+
+    def test_only_what_later_stages_need_is_written(
+        self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Scores(monkeypatch, raw=[0.1, 0.2, 0.3], ema=[0.2, 0.1, 0.1])
+        job = tiny.job(dataset, tmp_path, epochs=3, checkpoint_interval=1, dont_save_weights=True)
+        result = train(job)
+        assert weight_files(tmp_path) == ["checkpoint.pth", "checkpoint_best_total.pth"]
+        assert (result.best_source, result.best_epoch) == ("regular", 2)
+        assert train(job).best_epoch == 2  # what is not there by intent is not missed
+
+    def test_notes_go_into_the_files(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path, epochs=1, notes={"ticket": 7}))
+        content = checkpoint.load(tmp_path / "checkpoint_best_total.pth")
+        assert content["args"]["notes"] == {"ticket": 7}
+        assert content["train_config"]["notes"] == {"ticket": 7}
+
+
+@pytest.mark.parameter("fp16_eval")
+class TestHalfPrecisionEvaluation:
+    def test_on_a_cpu_it_warns_and_changes_nothing(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path / "a", epochs=1))
+        with pytest.warns(UserWarning, match="fp16_eval has no effect on a CPU"):
+            train(tiny.job(dataset, tmp_path / "b", epochs=1, fp16_eval=True))
+        assert not tiny.differing(rows(tmp_path / "a"), rows(tmp_path / "b"))
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: float16 evaluation runs there only")
+    def test_on_a_gpu_activations_are_float16(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        engine = build_engine(tiny.model_config(), tiny.train_config(accelerator="gpu", fp16_eval=True, amp_dtype=None))
+        assert engine.autocast == torch.float16
+        assert {parameter.dtype for parameter in engine.raw_model.parameters()} == {torch.float32}
+
+    def test_the_device_decides(self) -> None:
+        engine = build_engine(tiny.model_config(), tiny.train_config())
+        wanted = dataclasses.replace(engine, fp16_eval=True)
+        assert wanted.autocast is None  # a CPU
+        wanted.fabric = type("OfAGPU", (), {"device": torch.device("cuda")})()  # type: ignore[assignment]
+        assert wanted.autocast == torch.float16
+
+
+class TestTime:
+    def test_the_budget_ends_training_with_the_epoch_it_is_in(
+        self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        job = tiny.job(dataset, tmp_path, epochs=9, eval_interval=9, max_hours=1e-9)
+        result = train(job)
+        assert result.epochs == 1
+        assert "val/mAP_50_95" in rows(tmp_path)[0]  # the last epoch is evaluated, whichever it is
+        assert "train.max_hours: 1e-09 h are over after epoch 1" in caplog.text
+        more = dataclasses.replace(job, train=job.train.model_copy(update={"max_hours": None, "epochs": 2}))
+        assert train(more).epochs == 2  # time left: it goes on
+
+    def test_each_epoch_tells_where_its_time_went(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        result = train(tiny.job(dataset, tmp_path, epochs=2))
+        parts = ("data_wait", "step", "eval", "checkpoint")
+        spent = [sum(row[f"seconds/{part}"] for part in parts) for row in rows(tmp_path)]
+        assert all(row[f"seconds/{part}"] > 0 for row in rows(tmp_path) for part in parts)
+        assert 0.5 * result.seconds < sum(spent) < result.seconds
+
+    def test_waiting_is_told_with_what_to_change(self, caplog: pytest.LogCaptureFixture) -> None:
+        for waited, told in ((1.5, True), (0.9, False)):
+            caplog.clear()
+            clock = Clock(0.0)
+            clock._lap |= {"data_wait": waited, "step": 10.0}
+            clock.lap()
+            clock.warn_of_waiting(num_workers=2)
+            assert ("13 % of the epoch's steps: raise train.num_workers (now 2)" in caplog.text) is told
+
+    def test_the_whole_of_the_loop_is_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = iter([0.0, 10.0, 14.0, 20.0])
+        monkeypatch.setattr("time.monotonic", lambda: next(now))
+        clock = Clock(spent=100.0)  # at 0
+        with clock.running("eval"):  # 10 to 14
+            pass
+        assert clock.lap()["seconds/eval"] == 4.0
+        assert clock.total == 120.0
+
+
+def test_unreadable_images_are_counted_and_told(
+    dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = PreparedDataset(shutil.copytree(dataset.folder, tmp_path / "damaged"))
+    split, names = damaged.split("train"), []
+    for image in (2, 5):
+        names.append(str(split.table.file_names[image]))
+        with (damaged.folder / "train" / split.index.shards[0]).open("r+b") as file:
+            file.seek(int(split.index.offsets[image]))
+            file.write(bytes(int(split.index.lengths[image])))
+    result = train(tiny.job(damaged, tmp_path / "two", epochs=1, skip_corrupt=2))
+    assert sorted(result.skipped) == names
+    assert f"image {names[0]} cannot be read and is left out" in caplog.text
+    assert "2 of train.skip_corrupt: 2" in caplog.text
+    with pytest.raises(
+        DatasetError, match=r"2 training images cannot be read, train\.skip_corrupt allows 1: "
+    ) as caught:
+        train(tiny.job(damaged, tmp_path / "one", epochs=1, skip_corrupt=1))
+    assert caught.value.exit_code == 2
+    with pytest.raises(DatasetError, match=rf"training image ({'|'.join(names)}) .*cannot be read"):
+        train(tiny.job(damaged, tmp_path / "none", epochs=1))
+
+
+class TestTrainMetrics:
+    def test_they_are_those_of_the_training_views(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        train(tiny.job(dataset, tmp_path, epochs=2, eval_interval=2, compute_train_metrics=True))
+        first, second = rows(tmp_path)
+        assert "train/mAP_50_95" not in first  # only where the epoch is evaluated
+        assert 0.0 <= second["train/mAP_50_95"] <= second["train/mAP_50"] <= 1.0
+        assert second["train/mAR"] > 0.0
+
+    def test_they_leave_the_training_alone(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        for name, wanted in (("with", True), ("without", False)):
+            train(tiny.job(dataset, tmp_path / name, epochs=1, drop_path=0.3, compute_train_metrics=wanted))
+        assert not tiny.differing(latest(tmp_path / "with")["model"], latest(tmp_path / "without")["model"])
+
+
+def test_the_doctor_speaks_once(dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tiny.job(dataset, tmp_path, epochs=2))  # random weights, ten steps: nothing can be found
+    assert caplog.text.count("doctor: ") == 1
+    causes = [symptom["cause"] for symptom in json.loads((tmp_path / "doctor.json").read_text())]
+    assert "random_start" in causes
