@@ -1,8 +1,8 @@
 """Reads YOLO folders: data.yaml, folders of images, and a label file of the same name for each image.
 
-    data.yaml                  names; train, val, test (folders); optional path, nc (training spec 2.4)
+    data.yaml            names; train, val, test (folders); optional path, nc (training spec 2.4)
     train/images/a.jpg
-    train/labels/a.txt         a line per object, in shares of the image: `class cx cy w h`, or a polygon: `class x y x y ...`
+    train/labels/a.txt   a line per object, in shares of the image: `class cx cy w h`, or a polygon `class x y x y ...`
 
 A data file that cannot be understood is an error at once; a label line that cannot is a remark with file and line,
 so that all of them are seen in one report. An image without a label file has no objects.
