@@ -21,8 +21,11 @@ from typing import Any, ClassVar
 import pytest
 
 from rfdetr_core.config.train import TrainConfig
+from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import Terminated, TrainingError
 from rfdetr_core.training.loggers import Loggers, open_loggers
+from rfdetr_core.training.loop import train
+from tests.training import tiny
 from tests.training.wandb_server import KEY, WandbServer, offline_records
 
 PARAMETERS: dict[str, Any] = {
@@ -188,6 +191,7 @@ def wandb_rows(first: int = 0, last: int = 3) -> list[dict[str, Any]]:
     return [{"_step": s} | {name: v for name, points in NUMBERS.items() for at, v in points if at == s} for s in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parameter("wandb", "project", "run")
 def test_an_offline_run_holds_names_parameters_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -583,6 +587,55 @@ def test_a_server_gets_the_rows_and_nobody_its_password(
     told = caplog.text + "".join(capfd.readouterr())
     assert f"MLflow run r (run1) at http://***@127.0.0.1:{server.server_port}" in told
     assert "hunter" not in told
+
+
+# --- in a training
+
+
+@pytest.mark.slow
+@pytest.mark.parameter("tensorboard", "wandb", "mlflow", "project", "run", "resume")
+def test_an_interrupted_training_is_one_run_with_the_numbers_of_its_metrics_file(
+    dataset: PreparedDataset, tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = tiny.job(dataset, tmp_path, tensorboard=True, wandb=True, mlflow=True, project="tiny", run=tmp_path.name)
+
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    with pytest.raises(Terminated):
+        train(job, stop_requested=lambda: len(rows()) == 1)
+    time.sleep(1.1)  # W&B names folders by the second
+    train(job)
+
+    written = {
+        (name, row["step"]): value
+        for row in rows()
+        for name, value in row.items()
+        if name != "step" and isinstance(value, int | float)
+    }
+    assert {step for _, step in written} == {4, 9}
+    assert {(name, step): value for name, points in events(tmp_path).items() for step, value in points} == (
+        pytest.approx(written)
+    )
+
+    client = importlib.import_module("mlflow").MlflowClient(tracking_uri=mlflow_store)
+    (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert (run.info.run_name, run.info.status) == (tmp_path.name, "FINISHED")
+    assert run.data.params["train.epochs"] == "2" and run.data.params["model.variant"] == "pico"
+    _, _, points = mlflow_run(mlflow_store, run.info.run_id)
+    assert {(name, step): value for name, found in points.items() for step, value in found} == pytest.approx(written)
+
+    parts = offline_runs(tmp_path)
+    assert len({run.run_id for run, _, _ in parts}) == 1
+    assert [(run.project, run.display_name, code) for run, _, code in parts] == [
+        ("tiny", tmp_path.name, 143),
+        ("tiny", tmp_path.name, 0),
+    ]
+    logged = {(name, row["_step"]): row[name] for _, found, _ in parts for row in found for name in row}
+    assert {key: value for key, value in logged.items() if key[0] != "_step"} == pytest.approx(written)
+    assert sum(len(found) for _, found, _ in parts) == 2
 
 
 # --- packages
