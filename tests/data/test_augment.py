@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -411,6 +414,15 @@ def test_what_is_legal_stays_as_it_was_given(config: Any) -> None:
 def test_every_name_of_the_vocabulary_is_implemented() -> None:
     for name in CONTAINERS:
         run({name: THREE}, noise(), [[1, 1, 5, 5]])
+
+
+def test_the_documentation_has_the_presets_and_every_name() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text()
+    blocks = re.findall(r"```yaml\n# ([A-Z]+)\b.*?\n(.*?)```", text, flags=re.DOTALL)
+    assert {name: yaml.safe_load(block) for name, block in blocks} == PRESETS
+    for name, parameters in {**TRANSFORMS, **CONTAINERS}.items():
+        row = next(line for line in text.splitlines() if line.startswith("| ") and f"`{name}`" in line)
+        assert all(f"`{parameter}`" in row for parameter in parameters)
 
 
 # ---- in training (training spec 12, item 46) --------------------------------------------------------------

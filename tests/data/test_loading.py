@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.data.images import decode_image
 from rfdetr_core.data.loading import (
     Batch,
+    BatchLoader,
     Draw,
     EpochSampler,
     EvalImages,
@@ -99,6 +102,7 @@ def test_a_tiny_set_is_drawn_with_replacement() -> None:
     assert Counter(images_of(drawn(sampler_of(60, 4, 3), 0))) == Counter(range(60))
 
 
+@pytest.mark.parameter("seed")
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
     sampler = sampler_of(64, 4, 3)
     epochs = [drawn(sampler, epoch) for epoch in (0, 1, 0)]
@@ -277,6 +281,7 @@ def batches_of(split: PreparedSplit, workers: int, *, epoch: int = 1, step: int 
 
 
 @forks
+@pytest.mark.parameter("num_workers", "seed")
 def test_batches_do_not_depend_on_workers_or_on_where_an_epoch_is_entered(split: PreparedSplit) -> None:
     alone = batches_of(split, 0)
     assert len(alone) == 5 and len(set(alone)) == 5
@@ -349,6 +354,7 @@ def test_evaluation_never_decodes_small(tmp_path: Path) -> None:
 # ---- how workers are run (seed document, Data loading) ----------------------------------------------------
 
 
+@pytest.mark.parameter("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 @pytest.mark.parametrize(
     ("settings", "device", "expected"),
     [
@@ -366,6 +372,7 @@ def test_what_is_left_open_is_resolved(settings: Any, device: str, expected: Any
     assert tuple(words[name] for name in names) == expected
 
 
+@pytest.mark.parameter("persistent_workers", "prefetch_factor")
 @pytest.mark.parametrize(
     ("settings", "named"),
     [((0, None, True, None), "persistent_workers=True"), ((0, None, None, 4), "prefetch_factor=4")],
@@ -392,6 +399,7 @@ class Origin(EvalImages):
 
 
 @forks
+@pytest.mark.parameter("num_workers", "persistent_workers")
 @pytest.mark.parametrize("persistent", [None, True, False])
 def test_workers_are_processes_that_stay_unless_told_not_to(split: PreparedSplit, persistent: bool | None) -> None:
     words = LoaderSettings(2, None, persistent, None).keywords(CPU)
@@ -408,6 +416,7 @@ def test_workers_are_processes_that_stay_unless_told_not_to(split: PreparedSplit
     assert (first == second) is (persistent is not False)
 
 
+@pytest.mark.parameter("pin_memory")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: page-locked memory cannot be asked for")
 def test_pinned_batches_are_page_locked(split: PreparedSplit) -> None:
     for given, expected in ((None, True), (False, False)):
@@ -594,3 +603,57 @@ def test_a_damaged_shard_is_no_unreadable_image(tmp_path: Path) -> None:
         file.truncate(int(split.index.offsets[9]) + 5)
     with pytest.raises(DatasetError, match=r"cut short within image 9"):
         _ = train_images(split, skip_corrupt=5)[Draw(9, 0, 32)]
+
+
+# ---- memory -----------------------------------------------------------------------------------------------
+
+
+def memory_of_this_process() -> tuple[int, int]:
+    """Resident and private bytes; what a fork shares counts to the first only, until it is written to."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: 1024 * int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"]
+
+
+class Weighed(TrainImages):
+    """Loads an image as training does, and tells the memory of the process that did it in the place of labels."""
+
+    def __getitem__(self, draw: Draw) -> Item:
+        item = super().__getitem__(draw)
+        assert len(item.boxes) > 500
+        # To ask takes as long as to load a hundred images.
+        memory = memory_of_this_process() if draw.image % 100 == 0 else (0, 0)
+        return item._replace(boxes=item.boxes[:2], labels=np.array(memory, dtype=np.int64))
+
+
+@forks
+@pytest.mark.slow
+def test_the_memory_of_a_worker_does_not_grow_with_epochs_or_annotations(tmp_path: Path) -> None:
+    """A million boxes, twenty epochs: flat arrays are shared, where Python objects would be copied page by page."""
+    images, each = 500, 2000
+    split = prepared(grid_dataset(tmp_path / "source", 1, width=32, height=32), tmp_path / "prepared").split("train")
+    corner = np.random.default_rng(0).uniform(0, 24, (images * each, 2))
+    nothing = np.zeros(images, dtype=np.int64)
+    split.table = AnnotationTable(
+        file_names=np.array([f"{i:06d}.png" for i in range(images)]),
+        widths=nothing + 32,
+        heights=nothing + 32,
+        offsets=np.arange(images + 1) * each,
+        boxes=np.concatenate([corner, corner + 8], axis=1),
+        labels=np.zeros(images * each, dtype=np.int64),
+        areas=np.full(images * each, 64.0),
+        crowd=np.zeros(images * each, dtype=np.bool_),
+    )
+    lengths, first = nothing + split.index.lengths[0], nothing + split.index.offsets[0]
+    split.index = replace(split.index, shard_of=nothing, offsets=first, lengths=lengths, orientations=nothing + 1)
+    sampler = sampler_of(images, 10, 1, scales=(32,))
+    weighed = Weighed(split, seed=0, scale_jitter=False, flip=True)
+    loader = BatchLoader(weighed, batch_sampler=sampler, **LoaderSettings(1, None, None, None).keywords(CPU))
+    epochs = []
+    for epoch in range(20):
+        sampler.start(epoch)
+        epochs.append(np.concatenate([batch.labels.view(-1, 2).numpy() for batch in loader]).max(axis=0))
+    resident, private = np.array(epochs, dtype=np.float64)[1:].T
+    slope, start = np.polyfit(np.arange(len(resident)), resident, 1)
+    assert slope * len(resident) <= 0.02 * start
+    assert private[-1] - private[0] <= 0.02 * start  # a copied page counts here, and not in the sum above

@@ -15,6 +15,7 @@ STORED: dict[str, dict[str, Any]] = scalars("units")["multi_scale"]
 
 @pytest.mark.parametrize("name", sorted({"nano", "small", "medium", "base", "large"} & set(STORED)))
 @pytest.mark.parametrize("expanded", [True, False])
+@pytest.mark.parameter("expanded_scales", "multi_scale", "resolution")
 def test_the_reference_lists(name: str, expanded: bool) -> None:
     model = ModelConfig.parse({"variant": name})
     found = training_scales(model.resolution, model.block, multi_scale=True, expanded=expanded)
