@@ -23,7 +23,7 @@ class Unbuilt(NamedTuple):
 
 
 NOT_BUILT: dict[str, Unbuilt] = {
-    "dataset.format": Unbuilt("the readers of YOLO and Pascal VOC", works=("auto", "coco")),
+    "dataset.format": Unbuilt("the reader of Pascal VOC", works=("auto", "coco", "yolo")),
     "model.segmentation_head": Unbuilt("masks"),
     "model.mask_downsample_ratio": Unbuilt("masks"),
     "model.backbone_lora": Unbuilt("low-rank adapters"),
@@ -35,7 +35,6 @@ NOT_BUILT: dict[str, Unbuilt] = {
     "train.eval_masks_head_resolution": Unbuilt("masks"),
     "train.class_names": Unbuilt("the check of class names"),
     "train.dataset_file": Unbuilt("a layout other than the one found"),
-    "train.save_dataset_grids": Unbuilt("pictures of batches"),
     "train.accelerator": Unbuilt("TPU", works=("auto", "cpu", "gpu", "cuda", "mps")),
     "train.amp_dtype": Unbuilt("fp8", works=("auto", None, "bf16", "fp16")),
     "train.devices": Unbuilt("several GPUs"),

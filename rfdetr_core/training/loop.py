@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from rfdetr_core.config import TrainConfig
 from rfdetr_core.data.loading import Batch, EpochSampler, LoaderSettings, eval_loader, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
+from rfdetr_core.data.preview import write_augmentation_preview, write_dataset_grids
 from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import DatasetError, Terminated
 from rfdetr_core.evaluation.metrics import CocoMetrics
@@ -53,6 +54,9 @@ __all__ = ["TrainingJob", "TrainingResult", "train"]
 
 WEIGHTS_REPORT = "weights.json"
 """What of the start weights was loaded, cut or left out; only where a training starts from some."""
+
+AUGMENTATION_PREVIEW = "augmentation.jpg"
+"""Augmented training images with their boxes."""
 
 DOCTOR_REPORT = "doctor.json"
 """What looked wrong after the first evaluation; an empty list if nothing did."""
@@ -140,6 +144,8 @@ def train(
     )
     total_steps = config.epochs * sampler.steps_per_epoch
     _announce(job, engine, len(train_split), sampler, scales, position)
+    if not position.global_step:
+        _preview(job, sampler, loader, valid_loader)
     clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
     save_now = partial(_save, clock, job, engine, position, stopping, publish=publish)
 
@@ -355,6 +361,18 @@ def _loaders(
     )
     train_batches.generator = torch.Generator()
     return train_batches, _eval_loader(job, engine, valid)
+
+
+def _preview(
+    job: TrainingJob, sampler: EpochSampler, train_batches: DataLoader[Any], valid_batches: DataLoader[Any]
+) -> None:
+    """Pictures of what the detector is going to see."""
+    names = job.dataset.class_map.names
+    sampler.start(0)
+    write_augmentation_preview(job.output / AUGMENTATION_PREVIEW, train_batches, names)
+    if job.train.save_dataset_grids:
+        for split, batches in (("train", train_batches), ("val", valid_batches)):
+            write_dataset_grids(job.output / "dataset_grids", split, batches, names)
 
 
 def _eval_loader(job: TrainingJob, engine: Engine, split: PreparedSplit) -> DataLoader[Any]:
