@@ -23,7 +23,7 @@ class DatasetConfig(Config):
     uri: Uri
     """The dataset: a path, file:///path or s3://bucket/prefix."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
-    """Layout of the annotations; auto finds out."""
+    """Layout of the annotations; auto tells COCO (of Roboflow exports, or standard) and YOLO apart by itself."""
     reduce: Bool = True
     """Store training images no larger than training can use; valid and test images stay as they are."""
 
