@@ -16,6 +16,7 @@ from typing import Any
 from components.runtime import Stage, StageContext, run_stage
 from components.validate_dataset.weights import check_weights
 from rfdetr_core.config import RunConfig
+from rfdetr_core.data.class_names import named
 from rfdetr_core.data.formats.layout import read_folder
 from rfdetr_core.data.prepared import PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
@@ -39,6 +40,8 @@ STAGE = Stage(
         "model.encoder",
         "model.hidden_dim",
         "model.dec_layers",
+        "train.class_names",
+        "train.resume",
         "train.multi_scale",
         "train.expanded_scales",
     ),
@@ -55,6 +58,7 @@ def body(context: StageContext) -> None:
     source = _source_folder(context)
     try:
         class_map, splits = validate(read_folder(source, config.dataset.format), report)
+        class_map = named(class_map, config.train.class_names)
         splits = fill_missing_splits(splits, report)
     except DatasetError:
         _write_report(context.output, config, report, None)

@@ -33,8 +33,6 @@ NOT_BUILT: dict[str, Unbuilt] = {
     "model.fused_optimizer": Unbuilt("the choice of AdamW's kernel"),
     "model.device": Unbuilt("the old spelling of train.accelerator"),
     "train.eval_masks_head_resolution": Unbuilt("masks"),
-    "train.class_names": Unbuilt("the check of class names"),
-    "train.dataset_file": Unbuilt("a layout other than the one found"),
     "train.accelerator": Unbuilt("TPU", works=("auto", "cpu", "gpu", "cuda", "mps")),
     "train.amp_dtype": Unbuilt("fp8", works=("auto", None, "bf16", "fp16")),
     "train.devices": Unbuilt("several GPUs"),

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import warnings
 
+from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.errors import ConfigError
+
+
+def named(class_map: ClassMap, given: tuple[str, ...] | None) -> ClassMap:
+    """The class map under the given names, where they are as many and not the same ones: a rename.
+
+    Raises:
+        ConfigError: see `check_class_names`.
+    """
+    check_class_names(given, class_map.names)
+    if given is None or len(given) != len(class_map) or set(given) == set(class_map.names):
+        return class_map
+    return ClassMap(class_map.source_ids, given)
 
 
 def check_class_names(given: tuple[str, ...] | None, dataset_names: tuple[str, ...]) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
 from rfdetr_core.data.annotations import ClassMap
-from rfdetr_core.data.formats.coco import read_coco_folder
+from rfdetr_core.data.class_names import named
+from rfdetr_core.data.formats.layout import read_folder
 from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
@@ -76,7 +77,8 @@ def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None
     """
     output = Path(train.output_dir)
     options = PrepareOptions(train_short_side=largest_useful_short_side(section, train))
-    dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options)
+    dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options, train.dataset_file)
+    dataset.class_map = named(dataset.class_map, train.class_names)
     model = section.for_dataset(len(dataset.class_map))
     inputs = _inputs(model, train, dataset, start)
     resume = None if train.resume is None else partial(fetch_weights, train.resume)
@@ -95,23 +97,23 @@ def dataset_in_folder(source: Path, folder: Path, split: str) -> PreparedDataset
     """
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
-    class_map, splits = _validated(source, Report())
+    class_map, splits = _validated(source, Report(), "auto")
     write_prepared(folder, class_map, {split: splits[split]}, PrepareOptions(train_short_side=None), source=str(source))
     return PreparedDataset(folder)
 
 
-def _validated(source: Path, report: Report) -> tuple[ClassMap, dict[str, ValidSplit]]:
-    class_map, splits = validate(read_coco_folder(source), report)
+def _validated(source: Path, report: Report, layout: str) -> tuple[ClassMap, dict[str, ValidSplit]]:
+    class_map, splits = validate(read_folder(source, layout), report)
     return class_map, fill_missing_splits(splits, report)
 
 
-def _prepared_dataset(source: Path, output: Path, options: PrepareOptions) -> PreparedDataset:
+def _prepared_dataset(source: Path, output: Path, options: PrepareOptions, layout: str) -> PreparedDataset:
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
     _make(output)
     report, document = Report(), None
     try:
-        class_map, splits = _validated(source, report)
+        class_map, splits = _validated(source, report, layout)
         folder = output / "dataset" / dataset_digest(class_map, splits, options)
         _make(folder.parent)
         if not folder.exists():

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 
-from rfdetr_core.data.class_names import check_class_names
+from rfdetr_core.data.annotations import ClassMap
+from rfdetr_core.data.class_names import check_class_names, named
 from rfdetr_core.errors import ConfigError
 
 DATASET = ("RBC", "WBC", "Platelets")
@@ -67,3 +68,13 @@ def test_long_lists_are_cut_in_messages() -> None:
     names = tuple(f"c{i}" for i in range(20))
     with pytest.warns(UserWarning, match=r"'c7' and 12 more; labels follow it$"):
         check_class_names(("a",), names)
+
+
+def test_as_many_other_names_rename() -> None:
+    class_map = ClassMap((3, 7), ("cat", "dog"))
+    assert named(class_map, ("Katze", "Hund")) == ClassMap((3, 7), ("Katze", "Hund"))
+    assert named(class_map, None) is class_map
+    with pytest.warns(UserWarning, match="labels follow the dataset"):
+        assert named(class_map, ("dog", "cat")) is class_map
+    with pytest.warns(UserWarning, match="3 names, the dataset has 2"):
+        assert named(class_map, ("cat", "dog", "cow")) is class_map
