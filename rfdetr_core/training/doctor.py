@@ -59,8 +59,7 @@ def examine(
 
     Args:
         detections: what `metrics` was computed from, of all images of `table`.
-        losses: the epoch's mean training losses, named as by `Criterion`; other names are asked whether they are
-            finite and nothing else.
+        losses: the epoch's mean training losses, named as by `Criterion`; others are only asked if they are finite.
         images: training images that one process has taken so far, repeated ones counted each time.
         start_weights: training began from weights, not from random numbers.
     """
@@ -71,11 +70,9 @@ def examine(
     swapped = list(_swapped(seen, class_map, start_weights))
     symptoms = [*_not_finite(losses, train), *_too_many(table, model, train), *swapped]
     if metrics.map50 < HEALTHY_MAP50:
-        if not start_weights:
-            symptoms.append(_random_start(metrics, model, train))
+        symptoms += [] if start_weights else [_random_start(metrics, model, train)]
         symptoms += _learning(losses, images, model, train)
-        symptoms += _collapsed(seen, class_map, train)
-        symptoms += _small(seen, model)
+        symptoms += [*_collapsed(seen, class_map, train), *_small(seen, model)]
         symptoms += [] if swapped else [_stage(seen, class_map, train)]
     return sorted(symptoms, key=lambda symptom: -symptom.weight)
 
@@ -104,7 +101,8 @@ def _not_finite(losses: Mapping[str, float], train: TrainConfig) -> Iterator[Sym
 def _random_start(metrics: CocoMetrics, model: ModelConfig, train: TrainConfig) -> Symptom:
     advice = "Give model.pretrain_weights, or let train.epochs be many."
     if model.freeze_encoder or train.lr_encoder == 0:
-        advice = "The encoder stays random: drop model.freeze_encoder: true and train.lr_encoder: 0."
+        field = "model.freeze_encoder: true" if model.freeze_encoder else "train.lr_encoder: 0"
+        advice = f"The encoder stays random: drop {field}, or give model.pretrain_weights."
     evidence = f"training began from random weights: an mAP50 of {metrics.map50:.3f} is normal in its first epochs"
     return Symptom("random_start", 0.95, evidence, advice)
 
@@ -141,7 +139,7 @@ def _swapped(seen: _Seen, class_map: ClassMap, start_weights: bool) -> Iterator[
     names = len(set(rows.argmax(axis=1).tolist()))
     if seen.recall < 0.2 or seen.right >= 0.5 or purity < 0.7 or names <= len(rows) / 2:
         return
-    by_one, step = max((float(np.trace(seen.confusion, step) / rows.sum()), step) for step in (1, -1))
+    by_one, step = max((np.trace(np.roll(seen.confusion, -step, axis=1)) / rows.sum(), step) for step in (1, -1))
     shift = f"; {by_one:.0%} are off by {step:+d}" if by_one >= 0.7 else ""
     advice = "Compare the class ids of train and valid in dataset.uri, and set train.class_names to have them checked."
     if start_weights:
@@ -153,38 +151,38 @@ def _too_many(table: AnnotationTable, model: ModelConfig, train: TrainConfig) ->
     """Annotated boxes that no detection is left for."""
     owners = np.stack([np.repeat(np.arange(len(table)), table.counts), table.labels])[:, ~table.crowd]
     per_image, per_class = np.bincount(owners[0]), np.unique(owners, axis=1, return_counts=True)[1]
-    lost, field, limit, largest = max(
-        (float(np.maximum(counts - limit, 0).sum() / owners.shape[1]), field, limit, int(counts.max()))
-        for field, limit, counts in (
-            ("model.num_queries", model.num_queries, per_image),
-            ("model.num_select", model.num_select, per_image),
-            ("train.eval_max_dets", train.eval_max_dets, per_class),
-        )
+    limits = (
+        ("model.num_queries", model.num_queries, per_image, "boxes in an image"),
+        ("model.num_select", model.num_select, per_image, "boxes in an image"),
+        ("train.eval_max_dets", train.eval_max_dets, per_class, "boxes of a class in an image"),
     )
-    if lost >= 0.05:
-        evidence = f"up to {largest} boxes in an image, {field} is {limit}: {lost:.0%} of all boxes cannot be found"
-        yield Symptom("too_many_boxes", 0.3 + 0.6 * lost, evidence, f"Raise {field} to {largest}.")
+    lost = [float(np.maximum(counts - limit, 0).sum() / owners.shape[1]) for _, limit, counts, _ in limits]
+    worst = max(lost)
+    field, limit, counts, what = limits[lost.index(worst)]
+    if worst >= 0.05:
+        evidence = f"up to {counts.max()} {what}, {field} is {limit}: {worst:.0%} of all boxes cannot be found"
+        yield Symptom("too_many_boxes", 0.3 + 0.6 * worst, evidence, f"Raise {field} to {counts.max()}.")
 
 
 def _collapsed(seen: _Seen, class_map: ClassMap, train: TrainConfig) -> Iterator[Symptom]:
     """Every image gets the same answer: the place of its best detection, or the class of the best ones."""
     advice = f"Training collapsed: lower train.lr (now {train.lr:g}), or lengthen train.warmup_epochs."
-    if len(seen.best) >= 5 and _around_median(seen.best) >= 0.9 and _around_median(seen.places) < 0.5:
-        share, (x1, y1, x2, y2) = _around_median(seen.best), np.median(seen.best, axis=0)
+    if len(seen.best) >= 5 and (share := _around_median(seen.best)) >= 0.9 and _around_median(seen.places) < 0.5:
+        x1, y1, x2, y2 = np.median(seen.best, axis=0)
         evidence = f"the best detection of {share:.0%} of the images is at x {x1:.2f}-{x2:.2f}, y {y1:.2f}-{y2:.2f}"
         yield Symptom("one_place", 0.85 * share, f"{evidence} of the image{seen.note}", advice)
     found, wanted = (np.bincount(labels, minlength=len(class_map)) for labels in (seen.top_labels, seen.labels))
     label = int(found.argmax())
-    share, expected = found[label] / max(found.sum(), 1), wanted[label] / wanted.sum()
+    share, expected = float(found[label] / max(found.sum(), 1)), wanted[label] / wanted.sum()
     if share >= 0.95 and expected < 0.5:
         evidence = f"{share:.0%} of the best detections are {class_map.names[label]}, {expected:.0%} of the boxes are"
-        yield Symptom("one_class", 0.8 * float(share), evidence + seen.note, advice)
+        yield Symptom("one_class", 0.8 * share, evidence + seen.note, advice)
 
 
 def _small(seen: _Seen, model: ModelConfig) -> Iterator[Symptom]:
     small = seen.sizes < model.patch_size
-    if small.mean() >= 0.5:
-        found = float((seen.names[small] >= 0).mean())
+    found = float((seen.names[small] >= 0).mean()) if small.any() else 1.0
+    if small.mean() >= 0.5 and found < 0.5:
         evidence = (
             f"{small.mean():.0%} of the boxes are smaller than a patch of {model.patch_size} px at {model.resolution} "
             f"px (median {np.median(seen.sizes):.1f} px), {found:.0%} of these are found{seen.note}"
@@ -224,18 +222,15 @@ class _Seen(NamedTuple):
     confusion: Integers  # (classes, classes) boxes found: label x name
     note: str  # which images these are; empty for all
 
-    @property
+    @property  # of the boxes, under whatever label
     def recall(self) -> float:
-        """Share of the boxes that are found, under whatever label."""
         return float((self.names >= 0).mean())
 
-    @property
+    @property  # share of the boxes found
     def right(self) -> float:
-        """Share of the boxes found whose label is right."""
         return float(np.trace(self.confusion) / max(self.confusion.sum(), 1))
 
     def naming(self, class_map: ClassMap) -> str:
-        """The most frequent confusion."""
         wrong = self.confusion * ~np.eye(len(self.confusion), dtype=np.bool_)
         label, name = divmod(int(wrong.argmax()), len(wrong))
         return (
