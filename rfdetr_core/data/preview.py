@@ -17,12 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 
 from rfdetr_core.data.loading import Batch, collate
-from rfdetr_core.storage.local import local_errors
-
-GRIDS = "dataset_grids"
-"""Folder of the grids that `train.save_dataset_grids` asks for."""
-AUGMENTATION = "augmentation.jpg"
-"""The first training images as augmented, written with every training."""
+from rfdetr_core.errors import StorageAccessError
 
 _SIDE = 3  # images in a row and in a column
 _CELL = 320  # pixels
@@ -102,6 +97,10 @@ def _first_batches(loader: DataLoader[Any]) -> Iterator[Batch]:
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    with local_errors("write", path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, "JPEG", quality=_QUALITY)
+    except OSError as error:
+        raise StorageAccessError(
+            f"{path}: cannot be written: {error.strerror or error}", hint="check the folder and its free space"
+        ) from error

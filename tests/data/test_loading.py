@@ -372,6 +372,15 @@ def test_what_is_left_open_is_resolved(settings: Any, device: str, expected: Any
     assert tuple(words[name] for name in names) == expected
 
 
+@pytest.mark.parameter("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+def test_the_settings_reach_both_loaders(split: PreparedSplit) -> None:
+    settings = LoaderSettings(1, True, False, 4)
+    training = train_loader(split, sampler_of(10, 2, 1), settings, CPU, seed=0, scale_jitter=True, flip=True)
+    for loader in (training, eval_loader(split, settings, CPU, resolution=32, batch_size=2)):
+        assert (loader.num_workers, loader.prefetch_factor) == (1, 4)
+        assert loader.pin_memory and not loader.persistent_workers
+
+
 @pytest.mark.parameter("persistent_workers", "prefetch_factor")
 @pytest.mark.parametrize(
     ("settings", "named"),
