@@ -522,6 +522,19 @@ def test_without_squares_images_keep_their_aspect_and_boxes_their_place(tmp_path
     assert train_images(marker)[Draw(0, 0, 64)].pixels.shape == (64, 64, 3)
 
 
+@pytest.mark.parameter("square_resize_div_64")
+def test_batches_without_squares_are_padded_to_whole_blocks(split: PreparedSplit) -> None:
+    """64 x 48 images at a shorter side of 32: 43 x 32, in batches of 64 x 32."""
+    sampler = sampler_of(10, 2, 1, scales=(32,))
+    words: Any = {"seed": 3, "scale_jitter": False, "flip": False, "multiple": 32}
+    for batch in train_loader(split, sampler, ALONE, CPU, square=False, **words):
+        assert batch.pixels.shape == (2, 3, 32, 64) and batch.sizes == ((32, 43), (32, 43))
+        pixels, targets = batch.on(CPU)
+        assert batch.mask is not None and (pixels[:, :, :, 43:] == 0).all() and (pixels[:, :, :, :43] != 0).any()
+        for image, target in zip(batch.images, targets, strict=True):  # fractions of the image: those of a square
+            assert np.array_equal(target["boxes"].numpy(), EvalImages(split, 32)[image].boxes)
+
+
 @pytest.mark.parameter("scale_jitter")
 def test_scale_jitter_crops_and_without_it_the_image_is_whole(split: PreparedSplit) -> None:
     for jitter in (True, False):
