@@ -203,8 +203,11 @@ def _train_config(config: RunConfig, output_dir: str) -> TrainConfig:
             hint="leave it out, or give a dataset that the pipeline prepared with it",
         )
     given = config.train.model_dump(exclude_unset=True)
-    if config.dataset.format != "auto":
-        given.setdefault("dataset_file", config.dataset.format)
+    layout = config.dataset.format
+    if layout != "auto" and given.setdefault("dataset_file", layout) != layout:
+        raise ConfigError(
+            f"train.dataset_file: {given['dataset_file']} contradicts dataset.format: {layout}", hint="give one of them"
+        )
     return TrainConfig.parse({**given, "dataset_dir": source, "output_dir": output_dir}, source="train")
 
 

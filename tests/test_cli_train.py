@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -259,6 +260,8 @@ class TestBadInput:
             (["--dataset-dir", "s3://bucket/data"], "is no folder of this machine (give a local copy"),
             (["--dataset-dir", "nowhere"], "nowhere"),
             (["--set", "dataset.reduce=false"], "dataset.reduce: false is not possible here"),
+            (["--set", "dataset.format=yolo"], "data.yaml"),
+            (["--set", "dataset.format=yolo", "--set", "train.dataset_file=coco"], "contradicts dataset.format: yolo"),
             (["--pretrain-weights", "no.pth"], "no.pth"),
         ],
     )
@@ -325,3 +328,24 @@ def test_warnings_become_lines_of_the_log(config: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().err.splitlines()
     assert "WARNING train.num_select is deprecated: give model.num_select" in said[0]
     assert len(said) == 2
+
+
+@pytest.mark.slow
+def test_the_page_on_the_command_line_tells_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands run, in order; on fewer and smaller images."""
+    root = Path(__file__).parents[1]
+    (tmp_path / "examples").symlink_to(root / "examples")
+    monkeypatch.chdir(tmp_path)
+    block = (root / "docs" / "cli.md").read_text().split("```")[1]
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").strip().splitlines()]
+    smaller = {
+        "data": ["--train", "6", "--valid", "2", "--test", "2", "--size", "64"],
+        "train": [f"--set=model.{field}" for field in ("resolution=32", "num_queries=8", "num_select=8")],
+    }
+    for program, dash_m, package, *arguments in commands:
+        assert (program, dash_m, package) == (".venv/bin/python", "-m", "rfdetr_core")
+        assert main([*arguments, *smaller.get(arguments[0], [])]) == 0, arguments
+    assert [arguments[3] for arguments in commands] == ["data", "train", "evaluate", "predict", "export"]
+    assert {"checkpoint_best_total.pth", "test.json", "found.json", "rfdetr-pico.onnx"} <= {
+        path.name for path in (tmp_path / "runs" / "trained").iterdir()
+    }
