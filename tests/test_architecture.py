@@ -17,7 +17,13 @@ STAGES = ("validate_dataset", "probe_batch_size", "train", "evaluate", "export_o
 MAY_IMPORT = {
     "rfdetr_core.api": ("rfdetr_core",),
     "rfdetr_core.models": ("rfdetr_core.models", "rfdetr_core.config", "rfdetr_core.errors", "rfdetr_core.storage"),
-    "rfdetr_core.data": ("rfdetr_core.data", "rfdetr_core.config", "rfdetr_core.errors", "rfdetr_core.html"),
+    "rfdetr_core.data": (
+        "rfdetr_core.data",
+        "rfdetr_core.config",
+        "rfdetr_core.storage",
+        "rfdetr_core.errors",
+        "rfdetr_core.html",
+    ),
     "rfdetr_core.evaluation": (
         "rfdetr_core.evaluation",
         "rfdetr_core.data",

@@ -63,9 +63,9 @@ def test_an_unknown_key_names_the_nearest(config: Path) -> None:
 
 
 def test_a_field_that_is_not_built_yet(config: Path) -> None:
-    code, output = run(config, "--set", "train.wandb=true")
+    code, output = run(config, "--set", "train.num_nodes=2")
     assert code == 2
-    assert "train.wandb: true is not built yet; leave it at false" in output
+    assert "train.num_nodes: 2 is not built yet; leave it at 1" in output
 
 
 def test_an_assignment_without_equals_sign(config: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_dataset_folder_without_annotations(config: Path, tmp_path: Path) -> N
     (tmp_path / "data" / "train").mkdir(parents=True)
     code, output = run(config, "--root", str(tmp_path / "store"), "--run-id", "r1")
     assert code == 2
-    assert "no annotations found (looked for train/_annotations.coco.json)" in output
+    assert "looked for train/_annotations.coco.json (COCO as Roboflow exports it)" in output
     assert "validate_dataset failed with exit code 2" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "store").rglob("_SUCCESS.json"))
