@@ -488,6 +488,14 @@ def test_the_table_says_what_is_not_proven(found: dict[str, Any], said: str, pro
     assert ("skip_corrupt" in table) is ("skip_corrupt" in found)
 
 
+@pytest.mark.slow
+def test_every_parameter_has_a_test() -> None:
+    command = [sys.executable, "-m", "tests.parameters", "--collect-only"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "48 parameters of the seed, none missing"
+
+
 def test_the_command_runs_the_tests_of_the_marker(tmp_path: Path) -> None:
     tests = tmp_path / "test_some.py"
     tests.write_text(
