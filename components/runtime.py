@@ -317,8 +317,9 @@ class _Status:
     def end(self, exit_code: int, state: str = "", *, error: Exception | None = None) -> None:
         """Set the outcome; `write` stores it."""
         self.exit_code = exit_code
-        terminated = isinstance(error, Terminated)
-        self._outcome = {"state": state or ("terminated" if terminated else "failed"), "exit_code": exit_code}
+        stopped = "interrupted" if exit_code == INTERRUPTED else "preempted"
+        ended = stopped if isinstance(error, Terminated) else "failed"
+        self._outcome = {"state": state or ended, "exit_code": exit_code}
         self._outcome["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._outcome["seconds"] = round((datetime.now(UTC) - self._started).total_seconds(), 3)
         if error is not None:

@@ -258,5 +258,5 @@ def test_sigterm_ends_at_once_or_at_a_safe_point(run: Path, config: Path, deferr
     assert child.returncode == 143
     assert time.monotonic() - started < 10
     assert ("safe point\n" in rest.splitlines(keepends=True)) is safe_point
-    assert status(run, "validate_dataset")["state"] == "terminated"
+    assert status(run, "validate_dataset")["state"] == "preempted"
     assert not (run / "dataset").exists()

@@ -241,6 +241,6 @@ def test_ctrl_c_stops_everything_that_was_started(project: Project, signum: int)
     left = [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}").stat()]
     assert not [pid for pid in left if Path(f"/proc/{pid}/cmdline").read_bytes()]
     folder = project.root / "runs" / f"stop-{signum}"
-    assert json.loads((folder / "status" / "train.json").read_text())["state"] == "terminated"
+    assert json.loads((folder / "status" / "train.json").read_text())["state"] == "preempted"
     assert (folder / "train" / "checkpoints" / "checkpoint.pth").exists()
     assert not (folder / "train" / MANIFEST).exists()
