@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -282,41 +282,6 @@ def _raising(batches: Iterator[Batch | RFDETRError]) -> Iterator[Batch]:
         if isinstance(batch, RFDETRError):
             raise batch
         yield batch
-
-
-class SkippedImages:
-    """The distinct unreadable images that a training met, over all epochs and workers.
-
-    Args:
-        allowed: `train.skip_corrupt`.
-        known: positions that an earlier process of the same run met.
-    """
-
-    def __init__(self, file_names: NDArray[np.str_], allowed: int, known: Iterable[int] = ()) -> None:
-        self._names, self._allowed = file_names, allowed
-        self.positions = set(known)
-
-    def note(self, batch: Batch) -> list[str]:
-        """The names of those that this batch met first.
-
-        Raises:
-            DatasetError: by now there are more than allowed.
-        """
-        new = sorted(set(batch.skipped) - self.positions)
-        self.positions.update(new)
-        if len(self.positions) > self._allowed:
-            count = len(self.positions)
-            raise DatasetError(
-                f"{count} training images cannot be read, train.skip_corrupt allows {self._allowed}: "
-                f"{', '.join(self.names[:5])}{', ...' if count > 5 else ''}",
-                hint="mend or remove them in the source and prepare the dataset again, or allow more",
-            )
-        return [str(self._names[position]) for position in new]
-
-    @property
-    def names(self) -> list[str]:
-        """File names of all of them."""
-        return [str(self._names[position]) for position in sorted(self.positions)]
 
 
 @dataclass(frozen=True)

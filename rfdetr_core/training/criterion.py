@@ -57,8 +57,9 @@ class Criterion(nn.Module):
         `outputs` are the detector's; per image a target holds `labels` (n,) int64 and `boxes` (n, 4) cxcywh in
         [0, 1], and may hold `valid` (n,) bool, False on rows that only pad it. Names end in `_0`.. for earlier
         layers and `_enc` for the two-stage selection. The diagnostics `class_error` (last layer, percent) and
-        `cardinality_error` have no weight. All terms are divided by `num_boxes`, at least 1; its default is the
-        number of targets, averaged over the ranks, x groups, or with `sum_group_losses` without the groups.
+        `cardinality_error` have no weight. All terms are divided by `num_boxes`; its default is the number
+        of targets x groups, or with `sum_group_losses` without the groups, at least 1; in training averaged over the
+        ranks. Without a target every term still depends on the outputs, with a gradient of zero or the background's.
 
         Raises DatasetError for a label that the head has no column for.
         """
@@ -113,13 +114,15 @@ class Criterion(nn.Module):
         per_layer = torch.stack([part.sum() for part in torch.split(background.sum((0, 2)), list(sizes))])
         return sums + F.pad(per_layer[None], (0, 0, 0, 2))
 
-    @staticmethod
-    def _num_boxes(targets: PackedTargets, shares: int, device: torch.device) -> Tensor:
+    def _num_boxes(self, targets: PackedTargets, shares: int, device: torch.device) -> Tensor:
         count = torch.tensor(float(sum(targets.counts) * shares), device=device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # In evaluation the ranks have unequal numbers of batches: they must not wait for each other here.
+        ranks = 1
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
-        return count.clamp(min=1.0)
+            ranks = torch.distributed.get_world_size()
+        # Of all ranks together at least 1: then a step without any target is that of one process as well.
+        return count.clamp(min=1.0) / ranks
 
 
 def _classification_loss(config: ModelConfig) -> Callable[[Tensor, Positives], tuple[Tensor, Tensor]]:

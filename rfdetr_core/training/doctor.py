@@ -49,7 +49,7 @@ def examine(
     model: ModelConfig,
     train: TrainConfig,
     losses: Mapping[str, float],
-    images: int,
+    steps: int,
     start_weights: bool,
 ) -> list[Symptom]:
     """What looks wrong, the likeliest cause first; nothing if the detector is on its way.
@@ -60,7 +60,7 @@ def examine(
     Args:
         detections: what `metrics` was computed from, of all images of `table`.
         losses: the epoch's mean training losses, named as by `Criterion`; others are only asked if they are finite.
-        images: training images that one process has taken so far, repeated ones counted each time.
+        steps: optimizer steps so far.
         start_weights: training began from weights, not from random numbers.
     """
     if table.crowd.all():
@@ -71,7 +71,7 @@ def examine(
     symptoms = [*_not_finite(losses, train), *_too_many(table, model, train), *swapped]
     if metrics.map50 < HEALTHY_MAP50:
         symptoms += [] if start_weights else [_random_start(metrics, model, train)]
-        symptoms += _learning(losses, images, model, train)
+        symptoms += _learning(losses, steps, model, train)
         symptoms += [*_collapsed(seen, class_map, train), *_small(seen, model)]
         symptoms += [] if swapped else [_stage(seen, class_map, train)]
     return sorted(symptoms, key=lambda symptom: -symptom.weight)
@@ -107,12 +107,10 @@ def _random_start(metrics: CocoMetrics, model: ModelConfig, train: TrainConfig) 
     return Symptom("random_start", 0.95, evidence, advice)
 
 
-def _learning(losses: Mapping[str, float], images: int, model: ModelConfig, train: TrainConfig) -> Iterator[Symptom]:
+def _learning(losses: Mapping[str, float], steps: int, model: ModelConfig, train: TrainConfig) -> Iterator[Symptom]:
     """Too few steps, or a learning rate that leaves the losses of an untrained detector or worse ones."""
-    window = train.grad_accum_steps * train.batch_size if train.batch_size != "auto" else None
-    steps = math.ceil(images / (window or train.auto_batch_target_effective))
     if steps < FEW_STEPS:
-        evidence = f"{steps if window else f'at most {steps}'} optimizer steps so far"
+        evidence = f"{steps} optimizer steps so far"
         advice = "Let train.epochs be many, or lower train.batch_size x train.grad_accum_steps for more steps."
         yield Symptom("few_steps", 0.65 - 0.2 * steps / FEW_STEPS, evidence, advice)
     names = ("loss_ce", "loss_bbox", "loss_giou")

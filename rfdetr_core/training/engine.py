@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import lightning_fabric
 import numpy as np
 import torch
+from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.wrappers import _FabricModule
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,6 +25,7 @@ from rfdetr_core.data.loading import Batch
 from rfdetr_core.errors import ConfigError, DeviceMemoryError, TrainingError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.training.criterion import Criterion
+from rfdetr_core.training.distributed import ALONE, World, chosen_devices
 from rfdetr_core.training.ema import ModelEMA
 from rfdetr_core.training.optimizer import build_optimizer
 from rfdetr_core.training.schedule import set_learning_rates
@@ -39,7 +42,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_fail
 
 @dataclass
 class Engine:
-    """Model, loss, optimizer and average of one training, on one device."""
+    """Model, loss, optimizer and average of one training, on the device of this process."""
 
     fabric: lightning_fabric.Fabric
     precision: Precision
@@ -52,6 +55,7 @@ class Engine:
     clip_max_norm: float
     ema_update_interval: int
     fp16_eval: bool = False
+    world: World = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +82,14 @@ class Engine:
         """Forward and backward over an accumulation window, then clip, update, average.
 
         The window's gradient is the mean over its micro-batches, each normalised by its own boxes (training
-        spec 4.3). Returns the mean of every loss term and of their weighted sum, "loss"; on the device.
+        spec 4.3), and over the ranks, which all take a step at the same time. Returns the mean of every loss term and
+        of their weighted sum, "loss"; on the device.
 
         Args:
             image_names: file names by position in the split, for the error of a loss that is not finite.
             observe: is given every micro-batch and the detector's outputs for it.
-            stop_requested: asked before every micro-batch; true leaves everything as after the step before, torch's
-                random stream included, and returns None.
+            stop_requested: asked before every micro-batch, with the same answer on all ranks; true leaves everything as
+                after the step before, torch's random stream included, and returns None.
 
         Raises:
             TrainingError: a loss or a gradient that is not finite, before any weight is touched.
@@ -112,7 +117,7 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and (global_step + 1) % self.ema_update_interval == 0:
             self.ema.update()
-        return dict(zip(names, terms.mean(0).unbind(), strict=True))
+        return dict(zip(names, self.world.mean(terms.mean(0)).unbind(), strict=True))
 
     def random_state(self) -> dict[str, Tensor]:
         """The random streams of torch that a step reads."""
@@ -160,10 +165,14 @@ class Engine:
         global_step: int,
         image_names: Sequence[str] | NDArray[np.str_] | None,
     ) -> None:
-        """`terms` are the loss terms (M, T) of the window's micro-batches, the last of them the weighted sum."""
-        losses = terms[:, -1]
+        """Raise the same error on all ranks, with the images of those that have the fault.
+
+        `terms` are the loss terms (M, T) of the window's micro-batches, the last of them the weighted sum.
+        """
         # Under fp16 a gradient overflows now and then, by design: its scaler then skips the update.
-        watched = losses.sum() if norm is None or self.precision == "16-mixed" else losses.sum() + norm
+        losses = terms[:, -1]
+        total = self.world.mean(losses.sum())
+        watched = total if norm is None or self.precision == "16-mixed" else total + norm
         if torch.isfinite(watched):  # the only wait for the device that a step has of its own
             return
         guilty = [i for i, finite in enumerate(torch.isfinite(losses).tolist()) if not finite]
@@ -172,7 +181,11 @@ class Engine:
             values = zip(names, terms[guilty[0]].tolist(), strict=True)
             broken = ", ".join(f"{name} {value}" for name, value in values if not math.isfinite(value))
             what = f"the loss is not finite ({broken})"
-        positions = [image for i, batch in enumerate(window) if not guilty or i in guilty for image in batch.images]
+        suspects = [image for i, batch in enumerate(window) if not guilty or i in guilty for image in batch.images]
+        found = [json.loads(text) for text in self.world.texts(json.dumps([bool(guilty), what, suspects]))]
+        worst = max(is_guilty for is_guilty, _, _ in found)
+        what = next(text for is_guilty, text, _ in found if is_guilty == worst)
+        positions = [image for is_guilty, _, images in found if is_guilty == worst for image in images]
         shown = [str(position if image_names is None else image_names[position]) for position in positions]
         listed = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
         raise TrainingError(
@@ -214,18 +227,21 @@ def smaller_batch(batch_size: int, accum: int) -> str:
     )
 
 
-def build_engine(model: ModelConfig, train: TrainConfig) -> Engine:
+def build_engine(model: ModelConfig, train: TrainConfig, world: World = ALONE, *, accumulates: bool = True) -> Engine:
     """Choose device and precision, then build model, loss, optimizer and EMA on it.
 
-    Weights are drawn from torch's global generator: seed it first. lr_encoder 0 freezes the encoder: without a
-    gradient, not just without a step.
+    Weights are drawn from torch's global generator: seed it first, alike on all ranks. lr_encoder 0 freezes the
+    encoder: without a gradient, not just without a step.
+
+    Args:
+        accumulates: False if every optimizer step is one micro-batch, which lets several ranks work faster.
     """
     precision = choose_precision(train.accelerator, train.amp_dtype)
     if train.fp16_eval and fabric_accelerator(train.accelerator) == "cpu":
         warnings.warn("train.fp16_eval has no effect on a CPU: evaluation stays in float32", stacklevel=2)
     # Fabric tells its choice of device at INFO level by itself, in every process that builds one.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    fabric = lightning_fabric.Fabric(accelerator=fabric_accelerator(train.accelerator), devices=1, precision=precision)
+    fabric = _fabric(train, precision, world, accumulates)
     torch.set_float32_matmul_precision("high")
     frozen = model.freeze_encoder or train.lr_encoder == 0
     raw_model = RFDETR(model.model_copy(update={"freeze_encoder": frozen}), drop_path=train.drop_path)
@@ -250,7 +266,25 @@ def build_engine(model: ModelConfig, train: TrainConfig) -> Engine:
         clip_max_norm=train.clip_max_norm,
         ema_update_interval=train.ema_update_interval,
         fp16_eval=train.fp16_eval,
+        world=world,
     )
+
+
+def _fabric(train: TrainConfig, precision: Precision, world: World, accumulates: bool) -> lightning_fabric.Fabric:
+    """Device and precision of this process, and how its gradients meet those of the others."""
+    accelerator = fabric_accelerator(train.accelerator)
+    if world.size == 1:
+        return lightning_fabric.Fabric(accelerator=accelerator, devices=1, precision=precision)
+    numbers = chosen_devices(train.devices, accelerator)
+    # The encoder's mask token never has a gradient. Without accumulation the ranks learn from the first step which
+    # parameters have none, instead of looking in every step (training spec 4.9).
+    strategy = DDPStrategy(
+        find_unused_parameters=accumulates, static_graph=not accumulates, gradient_as_bucket_view=True
+    )
+    devices = numbers if accelerator == "cuda" else len(numbers)
+    fabric = lightning_fabric.Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
+    fabric.launch()  # torchrun did: this takes the place among the ranks
+    return fabric
 
 
 def fabric_accelerator(name: str) -> str:

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rfdetr_core.config import TrainConfig
-from rfdetr_core.data.loading import Batch, EpochSampler, LoaderSettings, eval_loader, train_loader
+from rfdetr_core.data.loading import Batch, BatchLoader, EpochSampler, EvalImages, LoaderSettings, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.data.preview import write_augmentation_preview, write_dataset_grids
 from rfdetr_core.data.scales import configured_scales
@@ -27,8 +26,10 @@ from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint, doctor, metrics_log
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source, periodic_name
 from rfdetr_core.training.clock import Clock
+from rfdetr_core.training.distributed import ALONE, ShareOfBatches, ShareOfEpoch, World, chosen_devices
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
-from rfdetr_core.training.engine import Engine, build_engine
+from rfdetr_core.training.engine import Engine, build_engine, fabric_accelerator
+from rfdetr_core.training.launch import train_on_several
 from rfdetr_core.training.loggers import open_loggers
 from rfdetr_core.training.progress import Progress
 from rfdetr_core.training.schedule import Schedule
@@ -36,6 +37,7 @@ from rfdetr_core.training.state import (
     Position,
     Publish,
     TrainingJob,
+    TrainingResult,
     beginning,
     best_source,
     keep_best,
@@ -61,23 +63,10 @@ AUGMENTATION_PREVIEW = "augmentation.jpg"
 DOCTOR_REPORT = "doctor.json"
 """What looked wrong after the first evaluation; an empty list if nothing did."""
 
+QUIET = {"progress_bar": None, "tensorboard": False, "wandb": False, "mlflow": False}
+"""Settings of the ranks beside the main one: who shows and tracks nothing."""
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a training ended."""
-
-    epochs: int
-    optimizer_steps: int
-    seed: int
-    best_source: str  # regular or ema
-    best_score: float
-    best_epoch: int  # zero-based
-    stopped_early: bool
-    skipped: tuple[str, ...]  # unreadable training images that were left out
-    images_per_second: float  # of this process, evaluation and checkpoints included
-    seconds: float  # of this process
 
 
 def train(
@@ -85,13 +74,18 @@ def train(
     *,
     publish: Publish = lambda path: None,
     stop_requested: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Train to the end, continuing from `checkpoint.pth` if there is one of the same inputs.
 
+    With several `train.devices` the training is one process for each, and this one waits for them: what follows is
+    done by all of them alike, but the main rank alone writes, tells and decides.
+
     Args:
         publish: told of every checkpoint file as soon as it is whole.
-        stop_requested: asked after every optimizer step and every evaluated batch; true ends with a checkpoint and
+        stop_requested: asked before every micro-batch and after every evaluated batch; true ends with a checkpoint and
             `Terminated`.
+        world: where this process is one of several.
 
     Raises:
         TrainingError: a loss that is not finite, or out of memory.
@@ -101,31 +95,41 @@ def train(
     """
     started = time.monotonic()
     config = job.train
+    if world.size == 1:
+        devices = chosen_devices(config.devices, fabric_accelerator(config.accelerator))
+        if len(devices) > 1:
+            return train_on_several(job, devices, publish=publish, stop_requested=stop_requested)
 
     # ---- where to start -----------------------------------------------------------------------------------
     for folder in (job.output, job.checkpoints):
         with local_errors("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
-    begin = beginning(job)
+    with world.main_first():  # who may clear the folder
+        begin = beginning(job)
     position = start_position(begin.content, config.seed)
+    position.seed = world.from_main(position.seed)
     torch.manual_seed(position.seed)
-    engine = build_engine(job.model, config)
+    engine = build_engine(job.model, config, world, accumulates=job.grad_accum_steps > 1)
     stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
     if begin.content is not None:
         restore(begin.content, engine, stopping, position)
-        mend_best_files(job, position.best, publish)
+        if world.is_main:
+            mend_best_files(job, position.best, publish)
+        position.best = world.from_main(position.best)
     elif begin.weights is not None:
         load_start_weights(begin.weights, engine, position)
-    if position.start is not None:
+    if position.start is not None and world.is_main:
         (job.output / WEIGHTS_REPORT).write_text(json.dumps(position.start, indent=2) + "\n")
     del begin  # weights, moments and average once more, in host memory
-    metrics_log.begin(job.output, position.history)
+    if world.is_main:
+        metrics_log.begin(job.output, position.history)
 
     # ---- data and schedule --------------------------------------------------------------------------------
     train_split, valid_split = job.dataset.split("train"), job.dataset.split("valid")
     scales = configured_scales(job.model, config)
-    sampler = EpochSampler(
+    sampler = ShareOfEpoch(
         len(train_split),
+        world,
         batch_size=job.batch_size,
         grad_accum_steps=job.grad_accum_steps,
         seed=position.seed,
@@ -144,30 +148,32 @@ def train(
     )
     total_steps = config.epochs * sampler.steps_per_epoch
     _announce(job, engine, len(train_split), sampler, scales, position)
-    if not position.global_step:
+    if not position.global_step and world.is_main:
         _preview(job, sampler, loader, valid_loader)
     clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
     save_now = partial(_save, clock, job, engine, position, stopping, publish=publish)
+    shown = config if world.is_main else config.model_copy(update=QUIET)
 
     with (
         open_loggers(
-            config, job.output, parameters=_parameters(job), history=position.history, runs=position.trackers
+            shown, job.output, parameters=_parameters(job, world), history=position.history, runs=position.trackers
         ) as loggers,
-        Progress(style=config.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress,
+        Progress(style=shown.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress,
     ):
         while (
             position.epoch < config.epochs
             and not position.stopped_early
-            and (not position.epoch or clock.total < budget)
+            and not (position.epoch and world.any(clock.total >= budget))
         ):
             # ---- one epoch of optimizer steps -------------------------------------------------------------
             sampler.start(position.epoch, position.step)
             evaluates = (position.epoch + 1) % config.eval_interval == 0 or position.epoch + 1 == config.epochs
             train_metrics = None
-            if config.compute_train_metrics and evaluates:
+            if config.compute_train_metrics and evaluates and world.is_main:
                 train_metrics = TrainMetrics(num_queries=job.model.num_queries, num_select=job.model.num_select)
             for window in _windows(loader, job.grad_accum_steps, clock):
                 factor = schedule.factor(position.global_step)
+                world.own_stream(position.seed, position.global_step)
                 with clock.running("step"):
                     terms = engine.optimizer_step(
                         window,
@@ -175,18 +181,18 @@ def train(
                         global_step=position.global_step,
                         image_names=train_split.table.file_names,
                         observe=train_metrics.add if train_metrics is not None else None,
-                        stop_requested=stop_requested,
+                        stop_requested=lambda: world.any(stop_requested()),
                     )
                 if terms is None:
                     save_now(LATEST)
                     raise _terminated(position)
-                _count_skipped(position, window, train_split, config.skip_corrupt)
+                _count_skipped(position, window, train_split, config.skip_corrupt, world)
                 position.step += 1
                 position.global_step += 1
                 for name, value in terms.items():
                     position.sums[name] = position.sums[name] + value if name in position.sums else value
 
-                if progress.step(job.batch_size * job.grad_accum_steps):
+                if progress.step(job.batch_size * job.grad_accum_steps * world.size):
                     progress.show(
                         epoch=f"{position.epoch + 1}/{config.epochs}",
                         loss=float(position.sums["loss"]) / position.step,
@@ -199,7 +205,7 @@ def train(
             row: dict[str, Any] = {"epoch": position.epoch, "step": position.global_step - 1}
             row |= {f"train/{name}": float(value) / position.step for name, value in position.sums.items()}
             row["train/lr"] = config.lr * schedule.factor(position.global_step - 1)
-            if evaluates or clock.total >= budget:
+            if evaluates or world.any(clock.total >= budget):
                 with clock.running("eval"):
                     validation = validate(
                         job,
@@ -214,23 +220,28 @@ def train(
                     save_now(LATEST)
                     raise _terminated(position)
                 row |= validation.row("val", per_class=config.log_per_class_metrics)
-                progress.evaluated(max(metrics.map for metrics in validation.scores.values()))
                 if train_metrics is not None:
                     metrics = train_metrics.result(job.dataset.class_map, max_dets=config.eval_max_dets)
                     row |= metric_columns(metrics, "train/", per_class=False)
-                if not any(name.startswith("val/") for past in position.history for name in past):
-                    _examine(job, validation, row, position)
-                smooth(job, position, validation.scores)
-                if position.epoch >= config.skip_best_epochs:
-                    with clock.running("checkpoint"):
-                        keep_best(job, engine, position, validation.scores, position.epoch, publish)
-                    position.stopped_early = config.early_stopping and _stops_early(job, stopping, validation.scores)
+                if world.is_main:
+                    progress.evaluated(max(metrics.map for metrics in validation.scores.values()))
+                    if not any(name.startswith("val/") for past in position.history for name in past):
+                        _examine(job, validation, row, position)
+                    smooth(job, position, validation.scores)
+                    if position.epoch >= config.skip_best_epochs:
+                        with clock.running("checkpoint"):
+                            keep_best(job, engine, position, validation.scores, position.epoch, publish)
+                        position.stopped_early = config.early_stopping and _stops_early(
+                            job, stopping, validation.scores
+                        )
             row |= clock.lap()
             row["images_per_second"] = progress.images_per_second
+            row, position.best, position.stopped_early = world.from_main([row, position.best, position.stopped_early])
             position.history.append(row)
-            metrics_log.append(job.output, position.history)
-            loggers.log(row)
-            _tell(row, config.epochs)
+            if world.is_main:
+                metrics_log.append(job.output, position.history)
+                loggers.log(row)
+                _tell(row, config.epochs)
             clock.warn_of_waiting(config.num_workers)
 
             # ---- the epoch is over ------------------------------------------------------------------------
@@ -254,14 +265,17 @@ def train(
             )
             if validation is None:
                 raise _terminated(position)
-            smooth(job, position, validation.scores)
-            keep_best(job, engine, position, validation.scores, max(0, position.epoch - 1), publish)
+            if world.is_main:
+                smooth(job, position, validation.scores)
+                keep_best(job, engine, position, validation.scores, max(0, position.epoch - 1), publish)
+            position.best = world.from_main(position.best)
             save_now(LATEST)
         if config.run_test and not any("test/" in name for past in position.history for name in past):
             test_row = _test(job, engine, position, stop_requested)
             position.history.append(test_row)
-            metrics_log.append(job.output, position.history)
-            loggers.log(test_row)
+            if world.is_main:
+                metrics_log.append(job.output, position.history)
+                loggers.log(test_row)
             save_now(LATEST)
 
     source = best_source(position.best)
@@ -289,6 +303,8 @@ def _save(
     *,
     publish: Publish,
 ) -> None:
+    if not engine.world.is_main:
+        return
     with clock.running("checkpoint"):
         position.seconds = clock.total
         save(job, engine, position, stopping, name, publish)
@@ -296,7 +312,7 @@ def _save(
         clock.saved()
 
 
-def _parameters(job: TrainingJob) -> dict[str, Any]:
+def _parameters(job: TrainingJob, world: World) -> dict[str, Any]:
     """What trackers show beside the curves."""
     return {
         "model": job.model.model_dump(mode="json"),
@@ -304,6 +320,7 @@ def _parameters(job: TrainingJob) -> dict[str, Any]:
         "dataset": {"digest": job.dataset.digest, "classes": list(job.dataset.class_map.names)},
         "batch_size": job.batch_size,
         "grad_accum_steps": job.grad_accum_steps,
+        "ranks": world.size,
     }
 
 
@@ -317,7 +334,8 @@ def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: 
     found = validate(job, engine, models, split, loader, compute_loss=loss, stop_requested=stop_requested)
     if found is None:
         raise _terminated(position)
-    log.info("best weights on the test split: mAP %.3f", found.scores["regular"].map)
+    if engine.world.is_main:
+        log.info("best weights on the test split: mAP %.3f", found.scores["regular"].map)
     row: dict[str, Any] = {"epoch": position.epoch, "step": max(0, position.global_step - 1)}
     return row | found.row("test", per_class=job.train.log_per_class_metrics)
 
@@ -333,7 +351,7 @@ def _examine(job: TrainingJob, validation: Validation, row: Mapping[str, Any], p
         model=job.model,
         train=job.train,
         losses={name.removeprefix("train/"): row[name] for name in row if name.startswith("train/loss")},
-        images=position.global_step * job.batch_size * job.grad_accum_steps,
+        steps=position.global_step,
         start_weights=position.start is not None,
     )
     (job.output / DOCTOR_REPORT).write_text(json.dumps(doctor.to_json(symptoms), indent=2) + "\n")
@@ -376,13 +394,12 @@ def _preview(
 
 
 def _eval_loader(job: TrainingJob, engine: Engine, split: PreparedSplit) -> DataLoader[Any]:
-    """Every image of a split once."""
-    batches = eval_loader(
-        split,
-        _loader_settings(job.train),
-        engine.device,
-        resolution=job.model.resolution,
-        batch_size=job.train.eval_batch_size or job.batch_size,
+    """Every image of a split once; of several ranks, each has a share of the batches."""
+    size = job.train.eval_batch_size or job.batch_size
+    batches = BatchLoader(
+        EvalImages(split, job.model.resolution),
+        batch_sampler=ShareOfBatches(len(split), size, engine.world),
+        **_loader_settings(job.train).keywords(engine.device),
     )
     # A loader draws a number whenever it begins. From torch's own stream, which drop path reads on a CPU, a resumed
     # epoch would draw once more than an uninterrupted one.
@@ -405,13 +422,16 @@ def _windows(loader: DataLoader[Any], accum: int, clock: Clock) -> Iterator[list
         yield window
 
 
-def _count_skipped(position: Position, window: Sequence[Batch], split: PreparedSplit, limit: int) -> None:
+def _count_skipped(position: Position, window: Sequence[Batch], split: PreparedSplit, limit: int, world: World) -> None:
     """Note the unreadable images of a window, each once.
 
     Raises:
         DatasetError: there are more than `train.skip_corrupt` allows.
     """
-    for image in sorted({image for batch in window for image in batch.skipped} - set(position.skipped)):
+    met = {image for batch in window for image in batch.skipped}
+    if limit:  # else none is skipped
+        met = set(world.union(met))
+    for image in sorted(met - set(position.skipped)):
         position.skipped.append(image)
         name, count = split.table.file_names[image], len(position.skipped)
         log.warning("image %s cannot be read and is left out: %d of train.skip_corrupt: %d", name, count, limit)
@@ -433,9 +453,9 @@ def _terminated(position: Position) -> Terminated:
 def _announce(
     job: TrainingJob, engine: Engine, images: int, sampler: EpochSampler, scales: list[int], position: Position
 ) -> None:
-    parameters = sum(p.numel() for p in engine.raw_model.parameters())
+    parameters, ranks = sum(p.numel() for p in engine.raw_model.parameters()), engine.world.size
     log.info(
-        "%s %.1f M parameters on %s (%s), %d train images, batch %d x %d, %d steps per epoch, sides %s px, seed %d",
+        "%s %.1f M parameters on %s (%s), %d train images, batch %d x %d%s, %d steps per epoch, sides %s px, seed %d",
         job.model.variant,
         parameters / 1e6,
         engine.device,
@@ -443,6 +463,7 @@ def _announce(
         images,
         job.batch_size,
         job.grad_accum_steps,
+        f" x {ranks} ranks = {job.batch_size * job.grad_accum_steps * ranks}" if ranks > 1 else "",
         sampler.steps_per_epoch,
         f"{scales[0]}..{scales[-1]}" if len(scales) > 1 else scales[0],
         position.seed,

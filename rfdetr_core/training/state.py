@@ -49,6 +49,22 @@ class TrainingJob:
     resume: Callable[[], Path] | None = None
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training ended."""
+
+    epochs: int
+    optimizer_steps: int
+    seed: int
+    best_source: str  # regular or ema
+    best_score: float
+    best_epoch: int  # zero-based
+    stopped_early: bool
+    skipped: tuple[str, ...]  # unreadable training images that were left out
+    images_per_second: float  # of this process and the ranks beside it, evaluation and checkpoints included
+    seconds: float  # of this process
+
+
 @dataclass
 class Position:
     """Where training stands, as it goes into a checkpoint: after `step` optimizer steps of `epoch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,16 +77,20 @@ def validate(
 ) -> Validation | None:
     """Evaluate every model on a split, reading each batch once; None if a stop was asked for.
 
-    The loss is the mean over the images of the first model's, each batch's normalised by its own boxes.
+    The loss is the mean over the images of the first model's, each batch's normalised by its own boxes. Several ranks
+    go over their shares of the split together; the main one has what all found, the others have no scores.
 
     Raises:
         DeviceMemoryError: out of memory.
     """
+    world = engine.world
     parts: dict[Source, list[Detections]] = {source: [] for source in models}
     sums: dict[str, Tensor] = {}
     for model in models.values():
+        world.share_buffers(model)
         model.eval()
     engine.criterion.eval()
+    stopped = False
     for batch in loader:
         found, losses = _batch(job, engine, models, split, batch, compute_loss)
         for source, of_batch in found.items():
@@ -93,18 +98,26 @@ def validate(
         for name, value in losses.items():
             weighted = value * len(batch.counts)
             sums[name] = sums[name] + weighted if name in sums else weighted
-        if stop_requested():
-            return None
+        stopped = stop_requested()
+        if stopped:
+            break
+    if world.any(stopped):
+        return None
     engine.model.train()
     engine.criterion.train()
-    detections = {source: Detections.concatenate(pieces) for source, pieces in parts.items()}
+    detections = {source: world.gather(Detections.concatenate(pieces)) for source, pieces in parts.items()}
+    totals: dict[str, float] = {}
+    for text in world.texts(json.dumps({name: float(value) for name, value in sums.items()})):
+        for name, total in json.loads(text).items():  # a rank without a batch has none
+            totals[name] = totals.get(name, 0.0) + total
     return Validation(
         scores={
             source: coco_metrics(split.table, job.dataset.class_map, of_split, max_dets=job.train.eval_max_dets)
             for source, of_split in detections.items()
+            if world.is_main
         },
         detections=detections,
-        losses={name: float(value) / len(split) for name, value in sums.items()},
+        losses={name: total / len(split) for name, total in totals.items()},
     )
 
 

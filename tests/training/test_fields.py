@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +204,7 @@ class TestTime:
 def test_unreadable_images_are_counted_and_told(
     dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damaged = PreparedDataset(shutil.copytree(dataset.folder, tmp_path / "damaged"))
-    split, names = damaged.split("train"), []
-    for image in (2, 5):
-        names.append(str(split.table.file_names[image]))
-        with (damaged.folder / "train" / split.index.shards[0]).open("r+b") as file:
-            file.seek(int(split.index.offsets[image]))
-            file.write(bytes(int(split.index.lengths[image])))
+    damaged, names = tiny.damaged(dataset, tmp_path / "damaged", 2, 5)
     result = train(tiny.job(damaged, tmp_path / "two", epochs=1, skip_corrupt=2))
     assert sorted(result.skipped) == names
     assert f"image {names[0]} cannot be read and is left out" in caplog.text

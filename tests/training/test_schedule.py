@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +87,8 @@ def test_the_schedule_reaches_the_optimizer(
     seen: list[float] = []
     original = Engine.optimizer_step
 
-    def record(self: Engine, window: Sequence[Batch], *, factor: float, global_step: int) -> dict[str, Tensor]:
-        result = original(self, window, factor=factor, global_step=global_step)
+    def record(self: Engine, window: Sequence[Batch], **settings: Any) -> dict[str, Tensor] | None:
+        result = original(self, window, **settings)
         seen.append(self.optimizer.param_groups[0]["lr"] / self.base_rates[0])
         return result
 

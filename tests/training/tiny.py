@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def prepare(source: Path, folder: Path) -> PreparedDataset:
     class_map, splits = validate(read_coco_folder(source), Report())
     write_prepared(folder, class_map, splits, PrepareOptions(train_short_side=None), source=str(source))
     return PreparedDataset(folder)
+
+
+def damaged(dataset: PreparedDataset, folder: Path, *images: int) -> tuple[PreparedDataset, list[str]]:
+    """A copy whose training images at these positions cannot be read, and their names."""
+    copy = PreparedDataset(shutil.copytree(dataset.folder, folder))
+    split = copy.split("train")
+    for image in images:
+        with (copy.folder / "train" / split.index.shards[0]).open("r+b") as file:
+            file.seek(int(split.index.offsets[image]))
+            file.write(bytes(int(split.index.lengths[image])))
+    return copy, [str(split.table.file_names[image]) for image in images]
 
 
 def job(dataset: PreparedDataset, folder: Path, *, batch: int = 2, accum: int = 1, **train: Any) -> TrainingJob:
