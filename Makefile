@@ -25,7 +25,7 @@ demo: $(READY) ## Run the whole DAG on drawn shapes: dataset in, promoted ONNX m
 	$(BIN)/rfdetr-pipeline run --config examples/demo.yaml --run-id demo
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-long: demo ## Run the demo and check it, the DAG on real images, and the full-size reference cases
 	$(BIN)/python -m pytest -m long
