@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,15 @@ class TestTrain:
         assert [row["step"] for row in rows(output)] == [5, 11]
         assert RFDETR.from_checkpoint(output / checkpoint.BEST_TOTAL).config.num_queries == 6
         assert load_run_config(output / "config.yaml").dataset.uri == str(elsewhere)
+
+    def test_what_was_found_in_the_dataset_is_said(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        source = tiny.draw(tmp_path / "source")
+        shutil.rmtree(source / "valid")
+        command = ["train", "--config", str(config), "--output-dir", str(tmp_path / "output")]
+        assert main([*command, "--dataset-dir", str(source)]) == 0
+        assert "note: split absent from the source: taken from train by the hash of" in capsys.readouterr().err
 
     @pytest.mark.parametrize("given", ["option", "yaml"])
     def test_pretrained_weights(self, weights: str, coco: Path, tmp_path: Path, given: str) -> None:

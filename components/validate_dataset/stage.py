@@ -64,15 +64,7 @@ def body(context: StageContext) -> None:
         _write_report(context.output, config, report, None)
         context.target().upload_tree(context.output, progress=False)  # for people; unpublished, so no stage reads it
         raise
-    for finding in report.findings.values():
-        log.log(
-            logging.WARNING if finding.severity == "warning" else logging.INFO,
-            "%s: %s (%d, first: %s)",
-            finding.severity,
-            finding.message,
-            finding.count,
-            finding.rows[0],
-        )
+    report.tell(log)
 
     limit = largest_useful_short_side(config.model, config.train) if config.dataset.reduce else None
     options = PrepareOptions(train_short_side=limit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,12 @@ class Report:
             {"code": f.code, "severity": f.severity, "message": f.message, "count": f.count, "rows": f.rows}
             for f in self.findings.values()
         ]
+
+    def tell(self, log: logging.Logger) -> None:
+        """A line of log per finding: what it is, how often, and the first one."""
+        for f in self.findings.values():
+            level = logging.INFO if f.severity == "note" else logging.WARNING
+            log.log(level, "%s: %s (%d, first: %s)", f.severity, f.message, f.count, f.rows[0])
 
     def raise_errors(self, where: str) -> None:
         """Raise one DatasetError that sums up all errors, if there are any."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ NO_INFLUENCE = {
     "run",
 }
 """Fields of TrainConfig that may change between an interrupted training and its continuation."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def _prepared_dataset(source: Path, output: Path, options: PrepareOptions, layou
     report, document = Report(), None
     try:
         class_map, splits = _validated(source, report, layout)
+        report.tell(log)
         folder = output / "dataset" / dataset_digest(class_map, splits, options)
         _make(folder.parent)
         if not folder.exists():
