@@ -43,7 +43,7 @@ def main() -> None:
     axes.set(xlabel="\n".join(filter(None, ["epoch", arguments.note])), title=arguments.title, ylim=(0, 1))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(arguments.picture)
 
