@@ -14,7 +14,6 @@ from dataclasses import asdict
 from components.runtime import Stage, StageContext, run_stage
 from components.train.beginning import fetch_checkpoints, resumed_checkpoint, start_weights
 from components.train.uploader import Uploader
-from rfdetr_core import hardware
 
 STAGE = Stage(
     name="train",
@@ -32,7 +31,6 @@ def body(context: StageContext) -> None:
     from rfdetr_core.training.checkpoint import LATEST
     from rfdetr_core.training.loop import TrainingJob, train
 
-    hardware.keep_freed_memory()
     remote, local = context.target() / CHECKPOINTS, context.work / CHECKPOINTS
     continued = fetch_checkpoints(context, remote, local)
     dataset = PreparedDataset(context.prepared_dataset())

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from rfdetr_core import hardware
 from rfdetr_core.config import TrainConfig
 from rfdetr_core.data.loading import Batch, BatchLoader, EpochSampler, EvalImages, LoaderSettings, train_loader
 from rfdetr_core.data.prepared import PreparedSplit
@@ -99,6 +100,8 @@ def train(
         devices = chosen_devices(config.devices, fabric_accelerator(config.accelerator))
         if len(devices) > 1:
             return train_on_several(job, devices, publish=publish, stop_requested=stop_requested)
+    if fabric_accelerator(config.accelerator) == "cpu":
+        hardware.keep_freed_memory()  # until the process ends
 
     # ---- where to start -----------------------------------------------------------------------------------
     for folder in (job.output, job.checkpoints):

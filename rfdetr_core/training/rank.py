@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfdetr_core import hardware
 from rfdetr_core.errors import RFDETRError, Terminated
 from rfdetr_core.training.distributed import joined
 from rfdetr_core.training.launch import PUBLISHED, STOP, read_job, write_outcome
@@ -29,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, rank = Path((sys.argv[1:] if argv is None else argv)[0]), int(os.environ["RANK"])
     os.dup2(1, 2)  # standard error is torchrun's own, see `launch`
     end_with_parent()
-    hardware.keep_freed_memory()
     _tell_parent(folder / f"log-{rank}.jsonl", logging.WARNING if rank else logging.INFO)
     try:
         with joined() as world:
