@@ -216,18 +216,19 @@ except Terminated:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_thirty_kills_at_random_end_in_the_same_weights(dataset: PreparedDataset, tmp_path: Path) -> None:
     """SIGKILL and SIGTERM in turn, at random instants; a checkpoint after every step."""
 
     def run(folder: Path, kill_after: float | None, how: int) -> int:
         command = [sys.executable, "-c", PROGRAM, str(dataset.folder), str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        try:
-            return process.wait(timeout=kill_after)
-        except subprocess.TimeoutExpired:
-            process.send_signal(how)
-            return process.wait(timeout=60)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            try:
+                return process.wait(timeout=kill_after)
+            except subprocess.TimeoutExpired:
+                process.send_signal(how)
+                return process.wait(timeout=60)
 
     assert run(tmp_path / "whole", None, 0) == 0
     draw, kills = random.Random(0), 0
