@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
@@ -128,7 +128,8 @@ def _absolute(uri: str) -> str:
 
 def _show(outcome: RunOutcome, config: RunConfig) -> None:
     settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in _settings(config))
-    table = Table("stage", "outcome", "time", "result", title=f"run {outcome.run_uri}", title_justify="left")
+    time = Column("time", justify="right")
+    table = Table("stage", "outcome", time, "result", title=f"run {outcome.run_uri}", title_justify="left")
     for stage in outcome.stages:
         seconds = "" if stage.seconds is None else f"{stage.seconds:.1f} s"
         colour = {"succeeded": "green", "already done": "green", "not started": "dim"}.get(stage.state, "red")
