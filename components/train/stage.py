@@ -48,7 +48,7 @@ def body(context: StageContext) -> None:
         resume=None if continued else resumed_checkpoint(context),
     )
     context.stop.deferred = True  # SIGTERM: finish the optimizer step, leave a checkpoint, then end
-    with Uploader(remote, last=LATEST) as uploader:
+    with Uploader(remote, last=LATEST, staging=context.work) as uploader:
         result = train(job, publish=uploader.upload, stop_requested=lambda: context.stop.requested)
     context.stop.deferred = False
     context.uploaded = {f"{CHECKPOINTS}/{name}": digest for name, digest in uploader.uploaded.items()}

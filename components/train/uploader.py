@@ -28,10 +28,11 @@ class Uploader:
     Args:
         target: the folder in the store.
         last: this file is sent only while no other waits: it tells of the others.
+        staging: where files wait, on the checkpoints' file system; default: beside the folder of the first one.
     """
 
-    def __init__(self, target: Location, *, last: str) -> None:
-        self._target, self._last = target, last
+    def __init__(self, target: Location, *, last: str, staging: Path | None = None) -> None:
+        self._target, self._last, self._beside = target, last, staging
         self.uploaded: dict[str, FileDigest] = {}  # name -> what the store has of it
         self._waiting: dict[str, Path] = {}
         self._wake = threading.Condition()
@@ -71,7 +72,7 @@ class Uploader:
             raise self._failure
         if self._staging is None:
             # Beside the checkpoints' folder: a hard link cannot leave its file system.
-            self._staging = tempfile.TemporaryDirectory(dir=path.parent.parent, prefix="upload-")
+            self._staging = tempfile.TemporaryDirectory(dir=self._beside or path.parent.parent, prefix="upload-")
         link = Path(self._staging.name) / f"{path.name}.{os.urandom(4).hex()}"
         os.link(path, link)
         with self._wake:

@@ -29,6 +29,7 @@ import torch
 
 from rfdetr_core import errors, hardware
 from rfdetr_core.config import ModelConfig, TrainConfig
+from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import RFDETRError, Terminated, TransientError
 from rfdetr_core.models.weight_file import WeightFile
@@ -74,7 +75,7 @@ def _describe(job: TrainingJob, folder: Path) -> None:
     begins = found is None or found[1].get("inputs") != job.inputs
     del found
     resume = job.resume() if begins and job.resume is not None else None
-    if begins and job.start_weights is not None:
+    if begins and resume is None and job.start_weights is not None:
         weights = job.start_weights()
         content = {part.name: getattr(weights, part.name) for part in fields(weights)}
         torch.save({**content, "path": str(weights.path)}, folder / WEIGHTS)
@@ -82,6 +83,7 @@ def _describe(job: TrainingJob, folder: Path) -> None:
         "model": job.model.model_dump(mode="json"),
         "train": job.train.model_dump(mode="json"),
         "dataset": str(job.dataset.folder.absolute()),
+        "classes": job.dataset.class_map.to_json(),  # train.class_names may have renamed them
         "checkpoints": str(job.checkpoints.absolute()),
         "output": str(job.output.absolute()),
         "batch_size": job.batch_size,
@@ -96,10 +98,12 @@ def read_job(folder: Path) -> TrainingJob:
     """The job that `train_on_several` describes to its ranks."""
     document = json.loads((folder / JOB).read_bytes())
     weights, resume = folder / WEIGHTS, document["resume"]
+    dataset = PreparedDataset(Path(document["dataset"]))
+    dataset.class_map = ClassMap.from_json(document["classes"])
     return TrainingJob(
         model=ModelConfig.model_validate(document["model"]),
         train=TrainConfig.model_validate(document["train"]),
-        dataset=PreparedDataset(Path(document["dataset"])),
+        dataset=dataset,
         checkpoints=Path(document["checkpoints"]),
         output=Path(document["output"]),
         batch_size=document["batch_size"],
@@ -200,19 +204,21 @@ def _outcome(folder: Path, ranks: int, *, stopping: bool) -> TrainingResult:
     result = outcomes[0].get("result")
     if result is not None:
         return TrainingResult(**{**result, "skipped": tuple(result["skipped"])})
-    found = sorted(((rank, o["error"]) for rank, o in outcomes.items() if "error" in o), key=lambda e: e[1]["time"])
+    found = [(rank, outcome["error"]) for rank, outcome in outcomes.items() if "error" in outcome]
+    # After all have agreed to stop, the main rank may still fail, with the last checkpoint.
+    found.sort(key=lambda entry: (entry[1]["class"] == "Terminated", entry[1]["time"]))
     for _, error in found:
-        if error["class"] in _OURS:
+        if error["class"] in _OURS and (error["class"] != "Terminated" or "error" in outcomes[0]):
             raise _OURS[error["class"]](error["message"], hint=error["hint"])
-    if stopping:
-        raise Terminated("stopped on request", hint="run the same command again to continue from the last checkpoint")
     failures = _read(folder / FAILURES) or []
     for failure in failures:
         if failure["exit_code"] < 0:
             raise _died(failure["rank"], ranks, failure["pid"], -failure["exit_code"])
+    if stopping:
+        raise Terminated("stopped on request", hint="run the same command again to continue from the last checkpoint")
     for rank, error in found:
-        log.debug("%s", error["traceback"])
-        raise RFDETRError(f"rank {rank} of {ranks}: {error['class']}: {error['message']}")
+        what = f"rank {rank} of {ranks}: {error['class']}: {error['message']}"
+        raise RFDETRError(what) from RuntimeError(error["traceback"])
     said = (folder / "torchrun.log").read_text(errors="replace").strip().splitlines()[-1:]
     which = f"rank {failures[0]['rank']} of {ranks}" if failures else "torchrun"
     raise RFDETRError(f"{which} failed without saying why: {said[0] if said else 'its log is empty'}")

@@ -6,7 +6,6 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +127,9 @@ def _resumed(job: TrainingJob, path: Path) -> Beginning:
         content = {}  # no checkpoint of ours, or damaged: the reader of weight files tells
     if "position" not in content:
         log.warning("train.resume: %s holds weights only: optimizer and schedule start from step 0", path.name)
+        weights = read_weight_file(path)  # before the folder is cleared, in which it may lie
         _clear(job.checkpoints)
-        return Beginning(weights=partial(read_weight_file, path))
+        return Beginning(weights=lambda: weights)
     refuse_another_detector(job, content, path)
     position = {**content["position"], "stopped_early": False, "seconds": 0.0, "trackers": {}}
     if path.parent.resolve() != job.checkpoints.resolve():

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rfdetr_core.config import TrainConfig
+from rfdetr_core.data.class_names import named
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.data.sampling import EpochSampler
 from rfdetr_core.errors import ConfigError, DatasetError, Terminated, TrainingError, TransientError
@@ -264,12 +265,16 @@ def test_an_image_that_one_rank_cannot_read(
 ) -> None:
     """By default the rank's own error is that of the training; where it is allowed, all ranks have counted it."""
     dataset, (name,) = tiny.damaged(uneven, tmp_path / "damaged", 7)
+    names = [f"my {name}" for name in dataset.class_map.names]
+    dataset.class_map = named(dataset.class_map, names)  # train.class_names
     with pytest.raises(DatasetError, match=rf"training image {name} .*cannot be read"):
         train(tiny.job(dataset, tmp_path / "none", batch=1, devices=RANKS))
     caplog.clear()
     with caplog.at_level(logging.INFO):
         result = train(tiny.job(dataset, tmp_path / "one", batch=1, devices=RANKS, epochs=1, skip_corrupt=1))
     assert result.skipped == (name,)
+    classes = checkpoint.load(tmp_path / "one" / checkpoint.LATEST)["classes"]
+    assert [row["name"] for row in classes] == names
     assert [record.getMessage() for record in caplog.records if name in record.getMessage()] == [
         f"image {name} cannot be read and is left out: 1 of train.skip_corrupt: 1"  # said once, not by each
     ]
