@@ -26,7 +26,7 @@ from typing import Any
 
 from rfdetr_core import __version__, hardware
 from rfdetr_core.config import ModelConfig, RunConfig, dump_yaml, load_run_config, parse_overrides, section_digest
-from rfdetr_core.errors import ConfigError, RFDETRError, Terminated, UserError
+from rfdetr_core.errors import ConfigError, ExitError, RFDETRError, Terminated, UserError
 from rfdetr_core.publication import fetch, manifest_digest, publish, read_manifest, seal, unpublish
 from rfdetr_core.storage import FileDigest, Location, location
 
@@ -126,15 +126,20 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
                 place, root = _locate(arguments.run_uri)
                 status.begin(place)
                 run = place  # the store answers: from here on every outcome is written to it
-                status.end(0, _execute(stage, body, arguments, run, root, work, stop, status))
-            except RFDETRError as error:
+                state = _execute(stage, body, arguments, run, root, work, stop, status)
+                stop.deferred = True  # how it ended stands; a signal from here on must not keep it from being told
+                status.end(0, state)
+            except ExitError as error:
+                stop.deferred = True
                 _report(error, debug=arguments.debug)
                 status.end(error.exit_code, error=error)
             except KeyboardInterrupt:
+                stop.deferred = True
                 interrupted = Terminated("stopped by Ctrl-C", hint="run the same command again")
                 _report(interrupted, debug=False)
                 status.end(INTERRUPTED, error=interrupted)
             except Exception as error:  # a defect of ours must still leave a status and a log
+                stop.deferred = True
                 _report(error, debug=arguments.debug)
                 status.end(RFDETRError.exit_code, error=error)
         if run is not None:
@@ -265,8 +270,8 @@ def _made_by() -> dict[str, str]:
     return {"code": __version__, "image": os.environ.get("RFDETR_IMAGE", "")}
 
 
-def _report(error: Exception, *, debug: bool) -> None:
-    if isinstance(error, RFDETRError):
+def _report(error: Exception | ExitError, *, debug: bool) -> None:
+    if isinstance(error, ExitError):
         log.error("%s", error)
     else:
         log.error("%s: %s (a defect; please report it with the log file)", type(error).__name__, error)
@@ -314,7 +319,7 @@ class _Status:
         self.previous = place.read_json() if place.exists() else None
         place.write_json(self._content())
 
-    def end(self, exit_code: int, state: str = "", *, error: Exception | None = None) -> None:
+    def end(self, exit_code: int, state: str = "", *, error: Exception | ExitError | None = None) -> None:
         """Set the outcome; `write` stores it."""
         self.exit_code = exit_code
         stopped = "interrupted" if exit_code == INTERRUPTED else "preempted"
@@ -324,7 +329,7 @@ class _Status:
         self._outcome["seconds"] = round((datetime.now(UTC) - self._started).total_seconds(), 3)
         if error is not None:
             message, hint = str(error), "a defect of this program: report it with the log file"
-            if isinstance(error, RFDETRError):
+            if isinstance(error, ExitError):
                 message, hint = error.message, error.hint
             self._outcome["error"] = {"class": type(error).__name__, "message": message, "hint": hint}
 

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
-from rfdetr_core.errors import CheckpointError, ConfigError, RFDETRError
+from rfdetr_core.errors import CheckpointError, ConfigError, ExitError
 from rfdetr_core.pretrained import fetch_weights, store_weights
 from rfdetr_core.storage import location
 
@@ -182,7 +182,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app()
-    except RFDETRError as error:
+    except ExitError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rfdetr_core.errors import RFDETRError
+from rfdetr_core.errors import ExitError
 
 INTERRUPTED = 130  # Ctrl-C, as shells number it
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except RFDETRError as error:
+    except ExitError as error:
         if arguments.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

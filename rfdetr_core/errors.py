@@ -11,11 +11,14 @@
     │   ├── TrainingError                 training cannot go on: a loss that is not finite, ...
     │   │   └── DeviceMemoryError            ... or out of memory at the given batch
     │   └── ExportError                   the exported model differs from the trained one
-    ├── TransientError                75  worth a retry
-    │   ├── StorageUnavailableError       network, 5xx, throttling
-    │   ├── VersionConflict               a conditional write came second
-    │   └── ChampionChangedError          another run promoted meanwhile
-    └── Terminated                   143  SIGTERM; everything written so far is resumable
+    └── TransientError                75  worth a retry
+        ├── StorageUnavailableError       network, 5xx, throttling
+        ├── VersionConflict               a conditional write came second
+        └── ChampionChangedError          another run promoted meanwhile
+
+    Terminated                       143  SIGTERM; everything written so far is resumable. Like KeyboardInterrupt no
+                                          `Exception`: it may come in the middle of anything, and who takes all errors
+                                          of a library for a broken file must not take it for one
 
 Every message is one line: what happened and where; `hint` says what to do.
 """
@@ -23,10 +26,10 @@ Every message is one line: what happened and where; `hint` says what to do.
 from __future__ import annotations
 
 
-class RFDETRError(Exception):
-    """Base of all errors raised on purpose; carries a one-line message and a one-line hint."""
+class ExitError(BaseException):
+    """What all of them are: an end with an exit code, a one-line message and a one-line hint."""
 
-    exit_code: int = 70
+    exit_code: int
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -41,8 +44,14 @@ class RFDETRError(Exception):
         return (_rebuild, (type(self), self.message, self.hint))
 
 
-def _rebuild(cls: type[RFDETRError], message: str, hint: str) -> RFDETRError:
+def _rebuild(cls: type[ExitError], message: str, hint: str) -> ExitError:
     return cls(message, hint=hint)
+
+
+class RFDETRError(ExitError, Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 70
 
 
 class UserError(RFDETRError):
@@ -105,7 +114,7 @@ class ChampionChangedError(TransientError):
     """The champion is no longer the one that was evaluated."""
 
 
-class Terminated(RFDETRError):  # noqa: N818
+class Terminated(ExitError, BaseException):  # noqa: N818
     """SIGTERM was received."""
 
     exit_code = 143

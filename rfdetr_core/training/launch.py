@@ -31,7 +31,7 @@ from rfdetr_core import errors, hardware
 from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.prepared import PreparedDataset
-from rfdetr_core.errors import RFDETRError, Terminated, TransientError
+from rfdetr_core.errors import ExitError, RFDETRError, Terminated, TransientError
 from rfdetr_core.models.weight_file import WeightFile
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
@@ -224,8 +224,8 @@ def _outcome(folder: Path, ranks: int, *, stopping: bool) -> TrainingResult:
     raise RFDETRError(f"{which} failed without saying why: {said[0] if said else 'its log is empty'}")
 
 
-_OURS: dict[str, type[RFDETRError]] = {
-    name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, RFDETRError)
+_OURS: dict[str, type[ExitError]] = {
+    name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, ExitError)
 }
 
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfdetr_core.errors import RFDETRError, Terminated
+from rfdetr_core.errors import ExitError, Terminated
 from rfdetr_core.training.distributed import joined
 from rfdetr_core.training.launch import PUBLISHED, STOP, read_job, write_outcome
 from rfdetr_core.training.loop import train
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _described(error: Exception) -> dict[str, str | float]:
-    ours = isinstance(error, RFDETRError)
+def _described(error: Exception | ExitError) -> dict[str, str | float]:
+    ours = isinstance(error, ExitError)
     return {
         "class": type(error).__name__,
-        "message": error.message if isinstance(error, RFDETRError) else " ".join(str(error).split()),
-        "hint": error.hint if isinstance(error, RFDETRError) else "",
+        "message": error.message if isinstance(error, ExitError) else " ".join(str(error).split()),
+        "hint": error.hint if isinstance(error, ExitError) else "",
         "traceback": "" if ours else traceback.format_exc(),
         "time": time.time(),
     }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from components.runtime import Stage, StageContext, run_stage
 from rfdetr_core.errors import DatasetError, PublicationError, StorageUnavailableError
 from rfdetr_core.publication import MANIFEST
+from rfdetr_core.storage.local import LocalLocation
 
 FIRST = Stage(name="validate_dataset", folder="dataset", summary="First.", reads=("dataset",), resolves_config=True)
 SECOND = Stage(name="train", folder="train", summary="Second.", reads=("train",), after=("dataset",))
@@ -260,3 +262,32 @@ def test_sigterm_ends_at_once_or_at_a_safe_point(run: Path, config: Path, deferr
     assert ("safe point\n" in rest.splitlines(keepends=True)) is safe_point
     assert status(run, "validate_dataset")["state"] == "preempted"
     assert not (run / "dataset").exists()
+
+
+@pytest.mark.parametrize(("body", "code"), [(writes("a.txt", "A"), 0), (fails(DatasetError("no boxes")), 2)])
+def test_sigterm_does_not_keep_a_stage_from_telling_how_it_ended(
+    run: Path, config: Path, monkeypatch: pytest.MonkeyPatch, body: Callable[[StageContext], None], code: int
+) -> None:
+    store_log = LocalLocation.upload_file
+
+    def upload_file(self: LocalLocation, path: Path, *more: Any) -> Any:
+        if self.name.endswith(".log"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return store_log(self, path, *more)
+
+    monkeypatch.setattr(LocalLocation, "upload_file", upload_file)
+    assert first(run, config, body) == code
+    assert status(run, "validate_dataset")["exit_code"] == code
+
+
+def test_sigterm_is_no_broken_file(run: Path, config: Path) -> None:
+    """Who reads images takes any `Exception` of a decoder for a damaged file; a signal may come within."""
+
+    def body(context: StageContext) -> None:
+        with suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    assert first(run, config, body) == 143
+    assert status(run, "validate_dataset")["state"] == "preempted"
