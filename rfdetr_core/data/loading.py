@@ -8,8 +8,10 @@ arrives in the training process as the same exception, in one line: torch itself
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -37,7 +39,7 @@ from rfdetr_core.data.transforms import (
     view_boxes,
     whole_pixels,
 )
-from rfdetr_core.errors import DatasetError, RFDETRError
+from rfdetr_core.errors import DatasetError, RFDETRError, TransientError
 
 Decoded = TypeVar("Decoded")
 
@@ -274,11 +276,20 @@ class BatchLoader(DataLoader[Any]):
     """A DataLoader that raises the error of ours that a worker met, as it was raised there."""
 
     def __iter__(self) -> Any:
-        return _raising(super().__iter__())
+        return _raising(super().__iter__(), self.num_workers)
 
 
-def _raising(batches: Iterator[Batch | RFDETRError]) -> Iterator[Batch]:
-    for batch in batches:
+def _raising(batches: Iterator[Batch | RFDETRError], workers: int) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # A batch of a worker that died meanwhile cannot be fetched; what it raised itself is marked by torch.
+            if not workers or str(error).startswith("Caught "):
+                raise
+            raise _worker_died(error) from error
         if isinstance(batch, RFDETRError):
             raise batch
         yield batch
@@ -311,13 +322,53 @@ class LoaderSettings:
             "persistent_workers": workers and self.persistent_workers is not False,
             "prefetch_factor": (self.prefetch_factor or 2) if workers else None,
             "collate_fn": partial(_collate_or_pass, multiple=multiple),
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": _apart,
         }
 
 
-def _one_thread(_: int) -> None:
+def _apart(_: int) -> None:
     # A worker that spins up OpenMP threads takes them from the training process.
     torch.set_num_threads(1)
+    # A signal to the whole process group (Ctrl-C, a launcher that ends) is for the training process: it still needs
+    # its workers until the next safe point, and they end with it.
+    os.setpgrp()
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Say what became of a loading process that died. torch raises that anywhere in the training process.
+
+    Raises:
+        TransientError: it was killed: by whoever was short of memory, most of the time.
+        DatasetError: the shared memory, through which batches travel, is full.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _NO_SHARED_MEMORY):
+            raise DatasetError(
+                "the shared memory of the loading processes is full (/dev/shm)",
+                hint="give the pod a larger /dev/shm, or lower train.num_workers or train.prefetch_factor",
+            ) from error
+        if is_worker_death(error):
+            raise _worker_died(error) from error
+        raise
+
+
+def is_worker_death(error: RuntimeError) -> bool:
+    """Whether it is torch's report of a loading process that is gone; it may interrupt anything."""
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def _worker_died(error: Exception) -> TransientError:
+    return TransientError(
+        f"a loading process died: {' '.join(str(error).split())}",
+        hint="most often for want of memory: give the pod more, or lower train.num_workers; "
+        "the same command continues from the last checkpoint",
+    )
+
+
+_NO_SHARED_MEMORY = ("unable to write to file </torch_", "Bus error", "out of shared memory")
 
 
 def train_loader(

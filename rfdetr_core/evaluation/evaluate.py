@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rfdetr_core.data.annotations import ClassMap
-from rfdetr_core.data.loading import LoaderSettings, eval_loader
+from rfdetr_core.data.loading import LoaderSettings, eval_loader, worker_errors
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.inference import predict_split
@@ -34,14 +34,15 @@ def evaluate_model(
     """
     module = trained.module.to(device)
     batches = eval_loader(split, loading, device, resolution=trained.config.resolution, batch_size=batch_size)
-    detections = predict_split(
-        module,
-        batches,
-        split.table,
-        num_select=trained.config.num_select,
-        num_classes=len(trained.class_names),
-        device=device,
-    )
+    with worker_errors():
+        detections = predict_split(
+            module,
+            batches,
+            split.table,
+            num_select=trained.config.num_select,
+            num_classes=len(trained.class_names),
+            device=device,
+        )
     detections = by_name(detections, trained.class_names, class_map)
     return coco_metrics(split.table, class_map, detections, max_dets=max_dets), detections
 

@@ -28,6 +28,7 @@ import torch
 from rfdetr_core import __version__
 from rfdetr_core.coco_names import names_by_slot
 from rfdetr_core.config import ModelConfig
+from rfdetr_core.data.loading import is_worker_death
 from rfdetr_core.errors import CheckpointError, StorageAccessError
 from rfdetr_core.models.inert_pickle import reason_in, verify_records
 from rfdetr_core.models.weights import TrainedModel, build_trained
@@ -127,6 +128,8 @@ def save(content: dict[str, Any], path: Path) -> None:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and is_worker_death(error):  # has nothing to do with the file
+            raise
         reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
         raise StorageAccessError(
             f"{path}: cannot be written: {reason}", hint="make room on the disk, or give another folder"

@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader
 
 from rfdetr_core import hardware
 from rfdetr_core.config import TrainConfig
-from rfdetr_core.data.loading import Batch, BatchLoader, EpochSampler, EvalImages, LoaderSettings, train_loader
+from rfdetr_core.data.loading import (
+    Batch,
+    BatchLoader,
+    EpochSampler,
+    EvalImages,
+    LoaderSettings,
+    train_loader,
+    worker_errors,
+)
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.data.preview import write_augmentation_preview, write_dataset_grids
 from rfdetr_core.data.scales import configured_scales
@@ -158,6 +166,7 @@ def train(
     shown = config if world.is_main else config.model_copy(update=QUIET)
 
     with (
+        worker_errors(),
         open_loggers(
             shown, job.output, parameters=_parameters(job, world), history=position.history, runs=position.trackers
         ) as loggers,
