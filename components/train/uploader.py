@@ -27,7 +27,8 @@ class Uploader:
 
     Args:
         target: the folder in the store.
-        last: this file is sent only while no other waits: it tells of the others.
+        last: this file is sent only while no other waits: it tells of the others. Where the store is slow, the next
+            one is taken only when the one before it has arrived: else it might wait for ever.
         staging: where files wait, on the checkpoints' file system; default: beside the folder of the first one.
     """
 
@@ -37,6 +38,8 @@ class Uploader:
         self._waiting: dict[str, Path] = {}
         self._wake = threading.Condition()
         self._closing = False
+        self._away = False  # the store did not answer
+        self._sending = ""  # the name of the file that is on its way
         self._failure: BaseException | None = None
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint-upload", daemon=True)
@@ -76,11 +79,18 @@ class Uploader:
         link = Path(self._staging.name) / f"{path.name}.{os.urandom(4).hex()}"
         os.link(path, link)
         with self._wake:
+            if path.name == self._last:
+                self._wake.wait_for(lambda: self._away or self._failure is not None or not self._under_way(self._last))
+                if self._failure is not None:
+                    raise self._failure
             replaced = self._waiting.get(path.name)
             self._waiting[path.name] = link
             self._wake.notify()
         if replaced is not None:
             replaced.unlink()
+
+    def _under_way(self, name: str) -> bool:
+        return name in self._waiting or name == self._sending
 
     def _take(self) -> tuple[str, Path]:
         name = next((n for n in self._waiting if n != self._last), self._last)
@@ -94,11 +104,17 @@ class Uploader:
                 if self._closing:
                     return
                 name, link = self._take()
+                self._sending = name
             try:
                 self._send(name, link)
+                with self._wake:
+                    self._sending, self._away = "", False
+                    self._wake.notify_all()
             except TransientError as error:
                 log.warning("%s could not be uploaded yet, training goes on: %s", name, error)
                 with self._wake:
+                    self._sending, self._away = "", True
+                    self._wake.notify_all()
                     if name in self._waiting:  # a newer version came meanwhile
                         link.unlink()
                     else:
@@ -106,7 +122,9 @@ class Uploader:
                     if not self._closing:
                         self._wake.wait(RETRY_SECONDS)
             except Exception as error:  # raised in the training thread, by the next upload or at the end
-                self._failure = error
+                with self._wake:
+                    self._failure = error
+                    self._wake.notify_all()
                 return
 
     def _send(self, name: str, link: Path) -> None:

@@ -158,7 +158,7 @@ class TrainConfig(Config):
     checkpoint_interval: Int = Field(default=10, ge=1)
     """Epochs between checkpoint_<N>.pth files; checkpoint.pth is written after every epoch anyway."""
     checkpoint_minutes: Float = Field(default=15.0, gt=0)
-    """Minutes between checkpoint.pth files within an epoch: what a killed pod loses at most."""
+    """Minutes between uploads of checkpoint.pth, also within an epoch: what a killed pod loses at most."""
     dont_save_weights: Bool = False
     """Write no periodic and no best-of-kind files, only what resuming and later stages need."""
     best_model_metric: Literal["map", "mar"] = "map"

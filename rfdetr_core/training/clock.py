@@ -23,7 +23,7 @@ class Clock:
 
     def __init__(self, spent: float) -> None:
         now = time.monotonic()
-        self._origin, self._saved = now - spent, now
+        self._origin, self._published = now - spent, now
         self._lap = dict.fromkeys(PARTS, 0.0)
         self._last = self._lap
 
@@ -33,13 +33,13 @@ class Clock:
         return time.monotonic() - self._origin
 
     @property
-    def since_save(self) -> float:
-        """Seconds since `saved` was called."""
-        return time.monotonic() - self._saved
+    def since_publication(self) -> float:
+        """Seconds since `published` was called."""
+        return time.monotonic() - self._published
 
-    def saved(self) -> None:
-        """The newest checkpoint is whole."""
-        self._saved = time.monotonic()
+    def published(self) -> None:
+        """The newest checkpoint was handed over."""
+        self._published = time.monotonic()
 
     @contextmanager
     def running(self, part: str) -> Iterator[None]:

@@ -43,6 +43,7 @@ from rfdetr_core.training.loggers import open_loggers
 from rfdetr_core.training.progress import Progress
 from rfdetr_core.training.schedule import Schedule
 from rfdetr_core.training.state import (
+    Outbox,
     Position,
     Publish,
     TrainingJob,
@@ -91,7 +92,8 @@ def train(
     done by all of them alike, but the main rank alone writes, tells and decides.
 
     Args:
-        publish: told of every checkpoint file as soon as it is whole.
+        publish: takes over checkpoint files: at the end of the epochs of `checkpoint_interval`, every
+            `checkpoint_minutes`, and when training ends or stops. It may wait for an earlier one, and raise.
         stop_requested: asked before every micro-batch and after every evaluated batch; true ends with a checkpoint and
             `Terminated`.
         world: where this process is one of several.
@@ -121,11 +123,11 @@ def train(
     position.seed = world.from_main(position.seed)
     torch.manual_seed(position.seed)
     engine = build_engine(job.model, config, world, accumulates=job.grad_accum_steps > 1)
-    stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
+    stopping, outbox = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta), Outbox(publish)
     if begin.content is not None:
         restore(begin.content, engine, stopping, position)
         if world.is_main:
-            mend_best_files(job, position.best, publish)
+            mend_best_files(job, position.best, outbox)
         position.best = world.from_main(position.best)
     elif begin.weights is not None:
         load_start_weights(begin.weights, engine, position)
@@ -162,7 +164,8 @@ def train(
     if not position.global_step and world.is_main:
         _preview(job, sampler, loader, valid_loader)
     clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
-    save_now = partial(_save, clock, job, engine, position, stopping, publish=publish)
+    save_now = partial(_save, clock, job, engine, position, stopping, outbox)
+    publish_now = partial(_publish, clock, outbox)
     shown = config if world.is_main else config.model_copy(update=QUIET)
 
     with (
@@ -197,6 +200,7 @@ def train(
                     )
                 if terms is None:
                     save_now(LATEST)
+                    publish_now()
                     raise _terminated(position)
                 _count_skipped(position, window, train_split, config.skip_corrupt, world)
                 position.step += 1
@@ -210,8 +214,9 @@ def train(
                         loss=float(position.sums["loss"]) / position.step,
                         lr=config.lr * factor,
                     )
-                if clock.since_save > 60 * config.checkpoint_minutes:
+                if clock.since_publication > 60 * config.checkpoint_minutes:
                     save_now(LATEST)
+                    publish_now()
 
             # ---- the epoch's numbers ----------------------------------------------------------------------
             row: dict[str, Any] = {"epoch": position.epoch, "step": position.global_step - 1}
@@ -230,6 +235,7 @@ def train(
                     )
                 if validation is None:
                     save_now(LATEST)
+                    publish_now()
                     raise _terminated(position)
                 row |= validation.row("val", per_class=config.log_per_class_metrics)
                 if train_metrics is not None:
@@ -242,7 +248,7 @@ def train(
                     smooth(job, position, validation.scores)
                     if position.epoch >= config.skip_best_epochs:
                         with clock.running("checkpoint"):
-                            keep_best(job, engine, position, validation.scores, position.epoch, publish)
+                            keep_best(job, engine, position, validation.scores, position.epoch, outbox)
                         position.stopped_early = config.early_stopping and _stops_early(
                             job, stopping, validation.scores
                         )
@@ -259,8 +265,10 @@ def train(
             # ---- the epoch is over ------------------------------------------------------------------------
             position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
             save_now(LATEST)
-            if position.epoch % config.checkpoint_interval == 0 and not config.dont_save_weights:
-                save_now(periodic_name(position.epoch - 1))
+            if position.epoch % config.checkpoint_interval == 0:
+                if not config.dont_save_weights:
+                    save_now(periodic_name(position.epoch - 1))
+                publish_now()
 
         # ---- what is left to do when the last epoch is over -----------------------------------------------
         if position.epoch < config.epochs and not position.stopped_early:
@@ -279,16 +287,18 @@ def train(
                 raise _terminated(position)
             if world.is_main:
                 smooth(job, position, validation.scores)
-                keep_best(job, engine, position, validation.scores, max(0, position.epoch - 1), publish)
+                keep_best(job, engine, position, validation.scores, max(0, position.epoch - 1), outbox)
             position.best = world.from_main(position.best)
             save_now(LATEST)
         if config.run_test and not any("test/" in name for past in position.history for name in past):
+            publish_now()  # the test may be interrupted
             test_row = _test(job, engine, position, stop_requested)
             position.history.append(test_row)
             if world.is_main:
                 metrics_log.append(job.output, position.history)
                 loggers.log(test_row)
             save_now(LATEST)
+        publish_now()
 
     source = best_source(position.best)
     return TrainingResult(
@@ -311,17 +321,19 @@ def _save(
     engine: Engine,
     position: Position,
     stopping: EarlyStopping,
+    outbox: Outbox,
     name: str,
-    *,
-    publish: Publish,
 ) -> None:
-    if not engine.world.is_main:
-        return
+    if engine.world.is_main:
+        with clock.running("checkpoint"):
+            position.seconds = clock.total
+            save(job, engine, position, stopping, name, outbox)
+
+
+def _publish(clock: Clock, outbox: Outbox) -> None:
     with clock.running("checkpoint"):
-        position.seconds = clock.total
-        save(job, engine, position, stopping, name, publish)
-    if name == LATEST:
-        clock.saved()
+        outbox.send()
+    clock.published()
 
 
 def _parameters(job: TrainingJob, world: World) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rfdetr_core.training.early_stopping import EarlyStopping
 from rfdetr_core.training.engine import Engine
 
 Publish = Callable[[Path], None]
+"""Takes over a checkpoint file that is whole; files are published in the order of what they tell of each other."""
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,27 @@ class Position:
         if self.global_step != self.epoch * steps_per_epoch + self.step:
             self.step, self.global_step, self.sums = 0, self.epoch * steps_per_epoch, {}
             log.warning("an epoch has %d optimizer steps now: epoch %d begins anew", steps_per_epoch, self.epoch + 1)
+
+
+class Outbox:
+    """Checkpoint files written since the last publication.
+
+    They are published together, checkpoint.pth last: what it tells of is there when it arrives, and where a training
+    goes on from it, the best weights are those it knows.
+    """
+
+    def __init__(self, publish: Publish) -> None:
+        self._publish = publish
+        self._waiting: dict[str, Path] = {}
+
+    def put(self, path: Path) -> None:
+        """This file is whole; it may be written again before it is published."""
+        self._waiting[path.name] = path
+
+    def send(self) -> None:
+        """Publish what waits."""
+        for name in sorted(self._waiting, key=lambda name: name == LATEST):
+            self._publish(self._waiting.pop(name))
 
 
 @dataclass(frozen=True)
@@ -239,7 +261,7 @@ def _misfit(error: Exception) -> CheckpointError:
     )
 
 
-def mend_best_files(job: TrainingJob, best: dict[Source, dict[str, float]], publish: Publish) -> None:
+def mend_best_files(job: TrainingJob, best: dict[Source, dict[str, float]], outbox: Outbox) -> None:
     """Make files and record agree: weights that were lost leave `best`, and the best overall is what it says.
 
     Files reach a store one by one: a pod may be lost when it has the newest checkpoint, but not yet the best
@@ -258,14 +280,18 @@ def mend_best_files(job: TrainingJob, best: dict[Source, dict[str, float]], publ
         if not found or found["epoch"] < record["epoch"]:
             log.warning("%s of epoch %d was lost: the next evaluation counts", path.name, int(record["epoch"]) + 1)
             del best[source]
-    if not best:
-        return
-    source = best_source(best)
+    if best:
+        _copy_best_overall(job, best_source(best), outbox)
+
+
+def _copy_best_overall(job: TrainingJob, source: Source, outbox: Outbox) -> None:
+    """Make checkpoint_best_total.pth the best weights of this kind, unless it is already."""
+    total = job.checkpoints / BEST_TOTAL
     content = checkpoint.load(job.checkpoints / checkpoint.best_name(source))
     found = _readable(total)
     if (found.get("source"), found.get("epoch")) != (source, content["epoch"]):
         checkpoint.save(content, total)
-        publish(total)
+        outbox.put(total)
 
 
 def _readable(path: Path) -> dict[str, Any]:
@@ -286,20 +312,26 @@ def best_source(best: Mapping[Source, Mapping[str, float]]) -> Source:
     return "ema" if best["ema"]["score"] > best["regular"]["score"] else "regular"
 
 
+def _best_overall(best: Mapping[Source, Mapping[str, float]]) -> tuple[Source, float] | None:
+    return (best_source(best), best[best_source(best)]["epoch"]) if best else None
+
+
 def keep_best(
     job: TrainingJob,
     engine: Engine,
     position: Position,
     scores: Mapping[Source, CocoMetrics],
     epoch: int,
-    publish: Publish,
+    outbox: Outbox,
 ) -> None:
     """Write the best files that the evaluation of `epoch` improves on, and note it in `position.best`.
 
     The first evaluation counts. `smooth_alpha` decides by the smoothed score of the raw weights whether they are
-    better; which kind is the best overall is decided by the scores themselves (training spec 5.2).
+    better; which kind is the best overall is decided by the scores themselves (training spec 5.2). So raw weights of
+    a lower score may take the place of those that were the best overall: then the EMA's are.
     """
     best = position.best
+    before = _best_overall(best)
     improved: list[Source] = []
     for source, metrics in scores.items():
         score = monitored(job.train, metrics)
@@ -307,6 +339,9 @@ def keep_best(
         if source not in best or decisive > best[source]["decisive"]:
             best[source] = {"score": score, "decisive": decisive, "epoch": epoch}
             improved.append(source)
+    demoted = bool(improved) and best_source(best) not in improved and _best_overall(best) != before
+    if demoted and job.train.dont_save_weights:
+        del best[best_source(best)]  # no file has these weights
     for source in improved:
         module = engine.ema.module if source == "ema" and engine.ema is not None else engine.raw_model
         content = {
@@ -321,7 +356,9 @@ def keep_best(
         names += [BEST_TOTAL] if source == best_source(best) else []
         for name in names:
             checkpoint.save(content, job.checkpoints / name)
-            publish(job.checkpoints / name)
+            outbox.put(job.checkpoints / name)
+    if demoted and not job.train.dont_save_weights:
+        _copy_best_overall(job, best_source(best), outbox)
     if improved:
         log.info("best so far: %s", "  ".join(f"{source} {kept['score']:.4f}" for source, kept in best.items()))
 
@@ -339,7 +376,7 @@ def monitored(train: TrainConfig, metrics: CocoMetrics) -> float:
 
 
 def save(
-    job: TrainingJob, engine: Engine, position: Position, stopping: EarlyStopping, name: str, publish: Publish
+    job: TrainingJob, engine: Engine, position: Position, stopping: EarlyStopping, name: str, outbox: Outbox
 ) -> None:
     """Write everything needed to continue after the last optimizer step."""
     content = {
@@ -354,7 +391,7 @@ def save(
         **_provenance(job),
     }
     checkpoint.save(content, job.checkpoints / name)
-    publish(job.checkpoints / name)
+    outbox.put(job.checkpoints / name)
 
 
 def _provenance(job: TrainingJob) -> dict[str, Any]:

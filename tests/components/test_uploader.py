@@ -118,3 +118,44 @@ def test_a_refusal_for_good_ends_training_at_the_next_checkpoint(
         for _ in range(100):
             hand_over(uploader, checkpoints, "a.pth", "A")
             time.sleep(0.02)
+
+
+def test_the_last_file_arrives_however_fast_others_follow(
+    checkpoints: Path, target: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that improves faster than the store takes files: what it would be continued from must get there."""
+    real = LocalLocation.upload_file
+
+    def slow(self: LocalLocation, path: Path) -> FileDigest:
+        time.sleep(0.02)
+        return real(self, path)
+
+    monkeypatch.setattr(LocalLocation, "upload_file", slow)
+    seen = []
+    with Uploader(target, last="checkpoint.pth") as uploader:
+        for version in range(6):
+            hand_over(uploader, checkpoints, "best.pth", str(version))
+            hand_over(uploader, checkpoints, "checkpoint.pth", str(version))
+            place = target / "checkpoint.pth"
+            seen.append(place.read_text() if place.exists() else "")
+    assert all(int(found) >= version - 1 for version, found in enumerate(seen) if version > 0)
+
+
+def test_training_does_not_wait_for_a_store_that_is_away(
+    checkpoints: Path, target: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 60.0)
+    back = threading.Event()
+    real = LocalLocation.upload_file
+
+    def away(self: LocalLocation, path: Path) -> FileDigest:
+        if not back.is_set():
+            raise StorageUnavailableError("away")
+        return real(self, path)
+
+    monkeypatch.setattr(LocalLocation, "upload_file", away)
+    with Uploader(target, last="checkpoint.pth") as uploader:
+        for version in range(20):
+            hand_over(uploader, checkpoints, "checkpoint.pth", str(version))
+        back.set()
+    assert (target / "checkpoint.pth").read_text() == "19"

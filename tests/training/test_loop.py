@@ -388,7 +388,7 @@ class TestFiles:
         best = ["checkpoint_best_ema.pth", "checkpoint_best_regular.pth", "checkpoint_best_total.pth"]
         periodic = ["checkpoint_1.pth", "checkpoint_3.pth"]
         assert weight_files(tmp_path) == sorted(["checkpoint.pth", *best, *periodic])
-        assert [epoch for name, epoch in published if name == "checkpoint.pth"] == [1, 2, 3, 4, 5]
+        assert [epoch for name, epoch in published if name == "checkpoint.pth"] == [2, 4, 5]
         assert [row for row in published if row[0] in periodic] == [("checkpoint_1.pth", 2), ("checkpoint_3.pth", 4)]
         assert {name for name, _ in published} == set(weight_files(tmp_path))
         # later stages must find the best weights wherever a checkpoint tells of them
