@@ -12,6 +12,7 @@ forms: the one it evaluates with ("eval"), and the leaner one that it exports ("
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -37,9 +38,10 @@ from tests.models.golden import fill_w1
 
 REFERENCE_PYTHON = Path(__file__).parents[1] / ".peer" / "bin" / "python"
 TURN_SECONDS = 0.5  # a turn is as many calls as fill this
+LAST_WORDS = 20  # lines of a process that died
 GIB = 2.0**30
-GFLOP = {"nano": 29.0, "small": 50.8, "medium": 64.6, "base": 77.9, "large": 94.4}
-"""Of an evaluation of one image (model spec 1.2)."""
+GFLOP = {"nano": 29.0, "small": 50.8, "medium": 64.6, "base": 77.9, "large": 94.4, "large-deprecated": 362.7}
+"""Of an evaluation of one image (model spec 1.2): the variants that both sides have."""
 
 
 @dataclass(frozen=True)
@@ -70,31 +72,41 @@ class Child:
 
     def __init__(self, side: str, python: Path, case: Case) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "MKL_NUM_THREADS": str(case.threads)}
+        self.side = side
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).with_name("sides.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.said,
             text=True,
             env=environment,
         )
         self.ask(do="prepare", case={"side": side, **asdict(case)})
 
     def ask(self, **request: Any) -> Any:
-        """Send one request, wait for its answer."""
+        """Send one request, wait for its answer; SystemExit with the child's last words if it died."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise SystemExit(f"error: {self.process.args} died; run it by hand to see why")
+            code = self.process.wait()
+            self.said.seek(0)
+            last = "".join(self.said.readlines()[-LAST_WORDS:])
+            self.__exit__()
+            raise SystemExit(f"{last}error: the process of {self.side} died with code {code}, saying the above")
         return json.loads(line)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self.process:  # closes the pipes, which ends the child
+        # Leaving closes the pipes, which ends the child; what a dead one did not read is lost.
+        with contextlib.suppress(BrokenPipeError), self.said, self.process:
             pass
 
 
@@ -128,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = ModelConfig(variant=variant, num_classes=CLASSES)
             model, weights = RFDETR(config), Path(folder) / f"{variant}.pth"
             fill_w1(model, keep=False)
-            torch.save(model.state_dict(), weights)
+            torch.save({"model": model.state_dict()}, weights)
             del model
             for threads in arguments.threads if arguments.device == "cpu" else [1]:
                 for task in arguments.tasks:
@@ -202,7 +214,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.model"
     )
-    parser.add_argument("--variants", nargs="+", default=["nano", "small", "medium"])
+    parser.add_argument("--variants", nargs="+", default=["nano", "small", "medium"], choices=[*GFLOP])
     parser.add_argument("--tasks", nargs="+", default=["eval", "export", "train"], choices=["eval", "export", "train"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of eval and export")

@@ -137,8 +137,13 @@ def _ours(variant: str, weights: str, *, export: bool) -> tuple[torch.nn.Module,
     del export  # our evaluation form is the one that is exported
     config = ModelConfig(variant=variant, num_classes=CLASSES)
     model = RFDETR(config)
-    model.load_state_dict(torch.load(weights, weights_only=True))
+    model.load_state_dict(torch.load(weights, weights_only=True)["model"])
     return model, Criterion(config)
+
+
+def reference_class(variant: str) -> str:
+    """The reference's name of a variant: large-deprecated is RFDETRLargeDeprecated."""
+    return "RFDETR" + "".join(part.capitalize() for part in variant.split("-"))
 
 
 def _reference(variant: str, weights: str, *, export: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -147,10 +152,11 @@ def _reference(variant: str, weights: str, *, export: bool) -> tuple[torch.nn.Mo
     from rfdetr.config import TrainConfig
     from rfdetr.training import RFDETRModelModule
 
-    detector = getattr(rfdetr, "RFDETR" + variant.capitalize())(pretrain_weights=None, device="cpu")
+    # Without a file of weights, base and large-deprecated would fetch DINOv2's.
+    detector = getattr(rfdetr, reference_class(variant))(pretrain_weights=weights, device="cpu")
     settings = TrainConfig(dataset_dir=".", output_dir=".", tensorboard=False)
     module = RFDETRModelModule(detector.model_config, settings)
-    module.model.load_state_dict(torch.load(weights, weights_only=True))
+    module.model.load_state_dict(torch.load(weights, weights_only=True)["model"])
     if export:
         module.model.eval().export()
     return module.model, module.criterion
