@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from rfdetr_core.data.loading import LoaderSettings, eval_loader
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import DatasetError
+from rfdetr_core.evaluation import inference
 from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.clock import Clock
 from rfdetr_core.training.criterion import Criterion
-from rfdetr_core.training.engine import build_engine
+from rfdetr_core.training.engine import Engine, build_engine
 from rfdetr_core.training.loop import train
 from tests.training import tiny
 from tests.training.test_loop import Scores, best_files, latest, rows, weight_files
@@ -148,11 +151,58 @@ class TestHalfPrecisionEvaluation:
             train(tiny.job(dataset, tmp_path / "b", epochs=1, fp16_eval=True))
         assert not tiny.differing(rows(tmp_path / "a"), rows(tmp_path / "b"))
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: float16 evaluation runs there only")
-    def test_on_a_gpu_activations_are_float16(self, dataset: PreparedDataset, tmp_path: Path) -> None:
-        engine = build_engine(tiny.model_config(), tiny.train_config(accelerator="gpu", fp16_eval=True, amp_dtype=None))
-        assert engine.autocast == torch.float16
-        assert {parameter.dtype for parameter in engine.raw_model.parameters()} == {torch.float32}
+    @pytest.mark.parametrize(
+        ("accelerator", "half"),
+        [
+            ("cpu", torch.bfloat16),
+            pytest.param(
+                "gpu",
+                torch.float16,
+                marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: float16 runs there"),
+            ),
+        ],
+    )
+    def test_only_the_evaluated_forward_runs_in_it(
+        self,
+        dataset: PreparedDataset,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        accelerator: str,
+        half: torch.dtype,
+    ) -> None:
+        """Where the engine says so, which a CPU's never does by itself: activations are small, all else is float32."""
+        wanted = {"epochs": 1, "accelerator": accelerator, "amp_dtype": None, "compute_val_loss": True}
+        train(tiny.job(dataset, tmp_path / "without", **wanted))
+        if accelerator == "cpu":
+            monkeypatch.setattr(Engine, "autocast", property(lambda engine: half))
+        activations: set[tuple[bool, torch.dtype]] = set()
+        found: set[torch.dtype] = set()
+        select = inference.postprocess
+
+        def look(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(module, nn.Linear):
+                activations.add((module.training, output.dtype))
+
+        def read(logits: torch.Tensor, boxes: torch.Tensor, *args: Any) -> Any:
+            results = select(logits, boxes, *args)
+            found.update(values.dtype for result in results for values in (result["scores"], result["boxes"]))
+            return results
+
+        monkeypatch.setattr(inference, "postprocess", read)
+        with register_module_forward_hook(look):
+            train(tiny.job(dataset, tmp_path / "with", fp16_eval=accelerator != "cpu", **wanted))
+        assert activations == {(True, torch.float32), (False, half)}
+        assert found == {torch.float32}
+
+        (exact,), (rough,) = rows(tmp_path / "without"), rows(tmp_path / "with")
+        assert exact["val/loss"] != rough["val/loss"]
+        assert rough["val/loss"] == pytest.approx(exact["val/loss"], rel=0.05)
+        plain, halved = (latest(tmp_path / name) for name in ("without", "with"))
+        assert {value.dtype for value in halved["model"].values() if value.is_floating_point()} == {torch.float32}
+        if accelerator == "cpu":  # on a GPU no two trainings are equal to the bit
+            assert not [
+                part for part in ("model", "ema_model", "optimizer") if tiny.differing(plain[part], halved[part])
+            ]
 
     def test_the_device_decides(self) -> None:
         engine = build_engine(tiny.model_config(), tiny.train_config())
