@@ -37,6 +37,7 @@ from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.export.onnx import export_onnx
 from rfdetr_core.export.parity import check_parity
+from rfdetr_core.hardware import keep_freed_memory
 from rfdetr_core.models.weight_file import read_weight_file
 from rfdetr_core.models.weights import TrainedModel
 from rfdetr_core.prediction import Picture, Prediction, predict_pictures
@@ -156,8 +157,9 @@ class RFDETR:
         trained = self._weights()
         if isinstance(images, (Image.Image, str, os.PathLike, np.ndarray, Tensor)):
             return predict_pictures(trained, [images], threshold)[0]
-        if not isinstance(images, Iterable):
-            raise ConfigError(f"images: {type(images).__name__} is no picture", hint="give one, or a list of them")
+        if isinstance(images, (bytes, bytearray, memoryview)) or not isinstance(images, Iterable):
+            kind = type(images).__name__
+            raise ConfigError(f"images: {kind} is no picture", hint="give a path, a Pillow image, or a list of them")
         return predict_pictures(trained, list(images), threshold)
 
     def evaluate(
@@ -281,7 +283,10 @@ class RFDETR:
         return self._trained
 
     def _use(self, trained: TrainedModel, *, accelerator: str = "auto") -> None:
-        trained.module.to(fabric_accelerator(accelerator))
+        device = fabric_accelerator(accelerator)
+        if device == "cpu":
+            keep_freed_memory()  # as training does; it is of use to every forward pass
+        trained.module.to(device)
         self._trained, self.config = trained, trained.config
 
 

@@ -313,6 +313,21 @@ class TestPredict:
         with pytest.raises(ConfigError, match=r"images\[0\]: an array \(8, 8, 3\) of float64 is no picture"):
             model.predict([np.zeros((8, 8, 3))])
 
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_the_bytes_of_a_file_are_no_list_of_pictures(self, model: Any, coco: Path, kind: Any) -> None:
+        data = pictures(coco)[0].read_bytes()
+        with pytest.raises(ConfigError, match=rf"^images: {kind.__name__} is no picture \(give a path, a Pillow image"):
+            model.predict(kind(data))
+
+    def test_freed_memory_is_kept_as_in_training(self, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept: list[int] = []
+        monkeypatch.setattr("rfdetr_core.api.keep_freed_memory", lambda: kept.append(1))
+        monkeypatch.setattr("rfdetr_core.api.fabric_accelerator", lambda name: "cpu")
+        RFDETRPico(**ARCHITECTURE)
+        assert not kept  # nothing to predict with yet
+        RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)
+        assert kept
+
 
 class TestExport:
     def test_writes_a_file_that_detects_the_same(self, model: Any, tmp_path: Path) -> None:

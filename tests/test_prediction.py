@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -102,6 +105,12 @@ def as_file(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def reopened(image: Image.Image, kind: str) -> Image.Image:
+    """What a lossy format leaves of it, as RGB."""
+    with Image.open(io.BytesIO(as_file(image, kind))) as stored:
+        return stored.convert("RGB")
+
+
 def turned(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -121,8 +130,9 @@ class TestFiles:
                 lambda im: im.convert("L").convert("RGB"),
             ),
             (turned, lambda im: im),
+            (lambda im: as_file(im.convert("CMYK"), "JPEG"), lambda im: reopened(im.convert("CMYK"), "JPEG")),
         ],
-        ids=["grey", "RGBA", "palette", "CMYK", "16 bits", "EXIF"],
+        ids=["grey", "RGBA", "palette", "CMYK", "16 bits", "EXIF", "CMYK JPEG"],
     )
     def test_modes(self, trained: TrainedModel, image: Image.Image, tmp_path: Path, write: Any, as_rgb: Any) -> None:
         path = tmp_path / "picture"
@@ -130,6 +140,17 @@ class TestFiles:
         assert_same(found(trained, path), found(trained, as_rgb(image)))
         with Image.open(path) as picture:
             assert_same(found(trained, picture), found(trained, as_rgb(image)))
+
+    def test_four_inks_are_the_same_colours(self, trained: TrainedModel, image: Image.Image, tmp_path: Path) -> None:
+        smooth = image.resize((6, 4)).resize((90, 60))
+        (tmp_path / "inks.jpg").write_bytes(as_file(smooth.convert("CMYK"), "JPEG", quality=100))
+        inks, rgb = found(trained, tmp_path / "inks.jpg"), found(trained, smooth)
+        np.testing.assert_allclose(inks.scores[:5], rgb.scores[:5], atol=0.02)
+
+    @pytest.mark.parametrize("mode", ["La", "RGBa"])
+    def test_colours_that_are_multiplied_by_alpha(self, trained: TrainedModel, image: Image.Image, mode: str) -> None:
+        opaque = image.convert(mode[:-1] + "A")
+        assert_same(found(trained, opaque.convert(mode)), found(trained, opaque))
 
     def test_a_jpeg_that_is_cut_off(self, trained: TrainedModel, image: Image.Image, tmp_path: Path) -> None:
         path = tmp_path / "cut.jpg"
@@ -256,12 +277,46 @@ class TestResult:
         assert 3 in found(four, image).class_ids
         assert 3 not in found(trained, image).class_ids
 
+    def test_to_supervision(
+        self, trained: TrainedModel, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What that library's constructor takes, and the types it checks."""
+
+        @dataclass
+        class Detections:
+            xyxy: np.ndarray[Any, Any]
+            mask: np.ndarray[Any, Any] | None = None
+            confidence: np.ndarray[Any, Any] | None = None
+            class_id: np.ndarray[Any, Any] | None = None
+            tracker_id: np.ndarray[Any, Any] | None = None
+            data: dict[str, np.ndarray[Any, Any] | list[Any]] = field(default_factory=dict)
+            metadata: dict[str, Any] = field(default_factory=dict)
+
+        module = ModuleType("supervision")
+        module.Detections = Detections  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "supervision", module)
+        result = found(trained, image)
+        detections = result.to_supervision()
+        count = len(result)
+        assert isinstance(detections, Detections) and count > 3
+        assert detections.xyxy.shape == (count, 4) and detections.xyxy.dtype == np.float32
+        assert detections.confidence is not None and detections.confidence.dtype == np.float32
+        assert detections.class_id is not None and detections.class_id.dtype.kind == "i"
+        np.testing.assert_allclose(detections.xyxy, result.boxes, rtol=1e-6)
+        np.testing.assert_allclose(detections.confidence, result.scores, rtol=1e-6)
+        assert detections.class_id.tolist() == result.class_ids.tolist()
+        assert detections.mask is None and detections.tracker_id is None
+        assert list(detections.data) == ["class_name"]
+        assert tuple(detections.data["class_name"]) == result.class_names
+        nothing = predict_pictures(trained, [image], 1.0)[0].to_supervision()
+        assert nothing.xyxy.shape == (0, 4) and nothing.data["class_name"].shape == (0,)
+
     @pytest.mark.skipif(importlib.util.find_spec("supervision") is not None, reason="supervision is installed")
     def test_without_supervision_it_is_said_how_to_get_it(self, trained: TrainedModel, image: Image.Image) -> None:
         with pytest.raises(ConfigError, match=r"supervision is not installed \(pip install supervision\)"):
             found(trained, image).to_supervision()
 
-    def test_to_supervision(self, trained: TrainedModel, image: Image.Image) -> None:
+    def test_the_real_supervision(self, trained: TrainedModel, image: Image.Image) -> None:
         pytest.importorskip("supervision", reason="supervision is not installed; tests/peer shows it all the same")
         result = found(trained, image)
         detections = result.to_supervision()

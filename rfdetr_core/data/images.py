@@ -77,6 +77,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no fixed range: save it with 8 or 16 bits")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palette entries
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow knows no other way out of it
     return image.convert("RGB")
 
 
