@@ -277,9 +277,7 @@ class TestResult:
         assert 3 in found(four, image).class_ids
         assert 3 not in found(trained, image).class_ids
 
-    def test_to_supervision(
-        self, trained: TrainedModel, image: Image.Image, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_to_supervision(self, trained: TrainedModel, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
         """What that library's constructor takes, and the types it checks."""
 
         @dataclass

@@ -53,10 +53,13 @@ class Memory(NamedTuple):
 
 
 def sine_embedding(boxes: Tensor, width: int) -> Tensor:
-    """Sine features of (..., 4) boxes: (..., 2 * width), coordinates in the order y, x, w, h (spec 4.4)."""
+    """Sine features of (..., 4) boxes: (..., 2 * width), coordinates in the order y, x, w, h (spec 4.4).
+
+    Of (..., 2) points: (..., width), y before x.
+    """
     per_coordinate = width // 2
     exponents = torch.arange(per_coordinate // 2, dtype=boxes.dtype, device=boxes.device) * (2.0 / per_coordinate)
-    yxwh = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]], dim=-1)
+    yxwh = torch.stack([boxes[..., 1], boxes[..., 0], *boxes[..., 2:].unbind(-1)], dim=-1)
     angles = (yxwh * (2.0 * math.pi))[..., None] / _SINE_BASE**exponents
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
 

@@ -56,14 +56,14 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:
         """Attend from (B, n, D) queries to (B, N, D) memory: the levels of `shapes` (h, w), concatenated.
 
-        `references` are (B, n, levels or 1, 4) boxes cxcywh as fractions of the level; `mask`
-        (B, N) is True on padded cells, whose value is 0. Returns (B, n, D).
+        `references` are (B, n, levels or 1, 4) boxes cxcywh as fractions of the level, or (B, n, levels or 1, 2)
+        points; `mask` (B, N) is True on padded cells, whose value is 0. Returns (B, n, D).
         """
         n, heads, points = query.shape[1], self.heads, self.points
         value = self.value_proj(memory)  # (B, N, D)
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0.0)
-        grid = self._locations(query, references) * 2.0 - 1.0  # (B, H, levels, P, n, 2) in [-1, 1]
+        grid = self._locations(query, references, shapes) * 2.0 - 1.0  # (B, H, levels, P, n, 2) in [-1, 1]
         weights = self.attention_weights(query).view(-1, n, heads, self.levels * points).softmax(-1)
 
         sampled = []
@@ -76,12 +76,16 @@ class DeformableAttention(nn.Module):
         mixed = (values * weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None]).sum(2)  # (B*H, d, n)
         return self.output_proj(mixed.view(-1, query.shape[-1], n).transpose(1, 2))
 
-    def _locations(self, query: Tensor, references: Tensor) -> Tensor:
+    def _locations(self, query: Tensor, references: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Sampling points (B, H, levels, P, n, 2) as fractions of the level, x then y.
 
-        The queries lie innermost: the sum over the few points then runs over whole rows.
+        Offsets from a box are in halves of its sides, per point; from a point, in cells. The queries lie innermost: the
+        sum over the few points then runs over whole rows.
         """
         split = (-1, query.shape[1], self.heads, self.levels, self.points, 2)
         offsets = self.sampling_offsets(query).view(split).permute(0, 2, 3, 4, 1, 5)
-        boxes = references.transpose(1, 2)[:, None, :, None]  # (B, 1, levels or 1, 1, n, 4)
-        return boxes[..., :2] + offsets * (boxes[..., 2:] * (0.5 / self.points))
+        at = references.transpose(1, 2)[:, None, :, None]  # (B, 1, levels or 1, 1, n, 4 or 2)
+        if at.shape[-1] == 2:
+            cells = torch.tensor([[w, h] for h, w in shapes], dtype=at.dtype, device=at.device)
+            return at + offsets / cells[:, None, None]
+        return at[..., :2] + offsets * (at[..., 2:] * (0.5 / self.points))

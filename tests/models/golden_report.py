@@ -87,10 +87,6 @@ LEFT_OUT: dict[str, tuple[tuple[str, str], ...]] = {
     "divides losses that are compared": (("*.json", "*/train_num_boxes_*"), ("*.json", "*num_boxes")),
     "says how far apart scores are": (("*.json", "*_min_topk_gap"),),
     "masked tokens tie, in any order": (("tiny_padded.npz", "*.topk_indices"),),
-    "references of two coordinates, where RF-DETR has boxes": (
-        ("units.npz", "msdeform.ref2.*"),
-        ("units.npz", "sine.embed2_dim8"),
-    ),
     "position maps of the image change no output (spec, section 0)": (("units.npz", "possine.*"),),
     "a file that does not say its groups: tests/models/test_weights.py": (("units.npz", "slice.ckpt5x3_to_3x2.rows"),),
     "a defect of the reference": (("tiny.json", "var_registers_error"),),

@@ -61,9 +61,9 @@ def deformable_attention() -> Check:
     check, shapes = Check(TOLERANCES), [(6, 5), (3, 4)]
     attention = DeformableAttention(32, heads=4, levels=2, points=3)
     golden.fill_w1(attention, "unit.msdeform.")
-    for case, mask in (("ref4", None), ("ref4_mask", unit("msdeform.mask"))):
+    for case, mask in (("ref4", None), ("ref4_mask", unit("msdeform.mask")), ("ref2", None)):
         query, memory, references = (
-            unit(f"msdeform.{name}").requires_grad_() for name in ("query", "value_input", "ref4")
+            unit(f"msdeform.{name}").requires_grad_() for name in ("query", "value_input", case[:4])
         )
         out = attention(query, references, memory, shapes, mask)
         check(ARRAYS, f"msdeform.{case}.out", "features", out)
@@ -118,6 +118,7 @@ def sine_embeddings() -> Check:
     for per_coordinate in (8, 128):
         embedded = sine_embedding(unit("sine.pos4"), 2 * per_coordinate)
         check(ARRAYS, f"sine.embed4_dim{per_coordinate}", "features", embedded)
+    check(ARRAYS, "sine.embed2_dim8", "features", sine_embedding(unit("sine.pos4")[..., :2], 16))
     return check
 
 
