@@ -98,16 +98,25 @@ class StageContext:
 
 
 class StopFlag:
-    """SIGTERM, either at once as an exception, or noted for a body that ends at a safe point by itself."""
+    """SIGTERM and Ctrl-C: at once as an exception, or noted for a body that ends at a safe point by itself.
+
+    The second Ctrl-C does not wait for that point.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self.deferred = False
+        self.interrupted = False  # by a person at the terminal
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler."""
-        self.requested = True
-        if not self.deferred:
+        again, self.requested = self.interrupted, True
+        if signum == signal.SIGINT:
+            self.interrupted = True
+            if again or not self.deferred:
+                raise KeyboardInterrupt
+            log.warning("stopping at the next safe point; Ctrl-C once more stops at once")
+        elif not self.deferred:
             raise Terminated("stopped by SIGTERM", hint="run the same command again")
 
 
@@ -117,7 +126,8 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
     work = Path(tempfile.mkdtemp(prefix=f"rfdetr-{stage.name}-"))
     log_file = work / "stage.log"
     stop = StopFlag()
-    signal.signal(signal.SIGTERM, stop.handle)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.handle)
     status = _Status(stage)
     run: Location | None = None
     try:
@@ -132,7 +142,8 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
             except ExitError as error:
                 stop.deferred = True
                 _report(error, debug=arguments.debug)
-                status.end(error.exit_code, error=error)
+                stopped_by_hand = isinstance(error, Terminated) and stop.interrupted
+                status.end(INTERRUPTED if stopped_by_hand else error.exit_code, error=error)
             except KeyboardInterrupt:
                 stop.deferred = True
                 interrupted = Terminated("stopped by Ctrl-C", hint="run the same command again")

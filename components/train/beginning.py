@@ -15,27 +15,31 @@ from rfdetr_core.storage import Location
 
 if TYPE_CHECKING:
     from rfdetr_core.models.weight_file import WeightFile
+    from rfdetr_core.training.state import TrainingJob
 
 log = logging.getLogger("stage.train")
 
 
-def fetch_checkpoints(context: StageContext, remote: Location, local: Path) -> bool:
-    """Take over what an interrupted attempt left, if it trained the same; remove it otherwise.
+def fetch_checkpoints(context: StageContext, remote: Location, local: Path, job: TrainingJob) -> bool:
+    """Take over what an earlier attempt left, if it trained the same; remove it otherwise.
 
     Returns whether there is something to continue.
     """
     from rfdetr_core.training import checkpoint
+    from rfdetr_core.training.identity import differences
 
     local.mkdir()
     if not remote.list_files():
         return False
-    if (remote / checkpoint.LATEST).exists():
-        remote.download_tree(local)
-        found = checkpoint.newest_whole(local)
-        if found is not None and found[1].get("inputs") == context.inputs:
-            log.info("found the checkpoints of an interrupted attempt")
-            return True
-        log.info("the checkpoints found are of another configuration or dataset: training starts anew")
+    remote.download_tree(local)
+    found = checkpoint.newest_whole(local)
+    if found is not None and found[1].get("inputs") == job.inputs:
+        log.info("found the checkpoints of an earlier attempt")
+        unpublish(context.target())  # of a finished training that is to go on
+        return True
+    if found is not None:
+        what = differences(found[1], job.model, job.train, job.dataset.digest)
+        log.warning("the checkpoints found are of another training (%s): training starts anew", what)
     unpublish(context.target())
     remote.delete_tree()
     shutil.rmtree(local)
@@ -49,6 +53,13 @@ def resumed_checkpoint(context: StageContext) -> Callable[[], Path] | None:
 
     uri = context.config.train.resume
     return None if uri is None else lambda: fetch_weights(uri, cache=context.work / "resume")
+
+
+def start_digest(context: StageContext) -> str | None:
+    """What tells the pretrained weights from others: the MD5 that the first stage recorded."""
+    if context.config.model.pretrain_weights is None:
+        return None
+    return str(context.read_result("dataset", "weights.json")["md5"])
 
 
 def start_weights(context: StageContext) -> Callable[[], WeightFile] | None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from components.runtime import Stage, StageContext, run_stage
-from components.train.beginning import fetch_checkpoints, resumed_checkpoint, start_weights
+from components.train.beginning import fetch_checkpoints, resumed_checkpoint, start_digest, start_weights
 from components.train.uploader import Uploader
 
 STAGE = Stage(
@@ -29,24 +29,25 @@ def body(context: StageContext) -> None:
     """Write checkpoints/, metrics.jsonl, metrics.csv and result.json; weights.json with pretrained weights."""
     from rfdetr_core.data.prepared import PreparedDataset
     from rfdetr_core.training.checkpoint import LATEST
+    from rfdetr_core.training.identity import training_identity
     from rfdetr_core.training.loop import TrainingJob, train
 
     remote, local = context.target() / CHECKPOINTS, context.work / CHECKPOINTS
-    continued = fetch_checkpoints(context, remote, local)
     dataset = PreparedDataset(context.prepared_dataset())
     probe = context.read_result("probe", "probe.json")
+    model, settings = context.detector(len(dataset.class_map)), context.config.train
     job = TrainingJob(
-        model=context.detector(len(dataset.class_map)),
-        train=context.config.train,
+        model=model,
+        train=settings,
         dataset=dataset,
         checkpoints=local,
         output=context.output,
         batch_size=probe["batch_size"],
         grad_accum_steps=probe["grad_accum_steps"],
-        inputs=context.inputs,
-        start_weights=None if continued else start_weights(context),
-        resume=None if continued else resumed_checkpoint(context),
+        inputs=training_identity(model, settings, dataset_digest=dataset.digest, start=start_digest(context)),
     )
+    if not fetch_checkpoints(context, remote, local, job):
+        job = replace(job, start_weights=start_weights(context), resume=resumed_checkpoint(context))
     context.stop.deferred = True  # SIGTERM: finish the optimizer step, leave a checkpoint, then end
     with Uploader(remote, last=LATEST, staging=context.work) as uploader:
         result = train(job, publish=uploader.upload, stop_requested=lambda: context.stop.requested)

@@ -20,7 +20,7 @@ from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import DeviceMemoryError
-from rfdetr_core.training.engine import Engine, build_engine
+from rfdetr_core.training.engine import Engine, build_engine, fabric_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +84,12 @@ def probe(model: ModelConfig, train: TrainConfig, *, images: int, max_boxes: int
     Raises:
         DeviceMemoryError: the given batch, or a batch of 1, does not fit.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Only the device that is used: each of the others would get a CUDA context.
+    on_cuda = fabric_accelerator(train.accelerator) == "cuda"
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_cuda else []):
         torch.manual_seed(0)
         result = _probe(model, train, images, max_boxes)
-    if torch.cuda.is_available():  # what a failed attempt left would fragment the memory of a training to come
+    if on_cuda:  # what a failed attempt left would fragment the memory of a training to come
         gc.collect()
         torch.cuda.empty_cache()
     return result

@@ -222,8 +222,8 @@ def smaller_batch(batch_size: int, accum: int) -> str:
     if smaller is None:
         return "lower model.resolution, or set model.gradient_checkpointing: true"
     return (
-        f"train.batch_size: {smaller} with train.grad_accum_steps: {effective // smaller} is the same effective batch "
-        f"of {effective}; or let the probe choose with batch_size: auto"
+        f"try train.batch_size: {smaller} with train.grad_accum_steps: {effective // smaller}, the same effective "
+        f"batch of {effective}; or let the probe choose with batch_size: auto"
     )
 
 

@@ -10,7 +10,6 @@ weights.json               what was loaded before the first step, if anything
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -28,31 +27,14 @@ from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
 from rfdetr_core.data.splitting import fill_missing_splits
 from rfdetr_core.data.validation import Report, ValidSplit, validate
-from rfdetr_core.errors import ConfigError
+from rfdetr_core.errors import CheckpointError, ConfigError
 from rfdetr_core.models.weight_file import WeightFile
 from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.batch_size import probe
+from rfdetr_core.training.identity import differences, training_identity
 from rfdetr_core.training.loop import TrainingJob
-
-NO_INFLUENCE = {
-    "dataset_dir",
-    "output_dir",
-    "num_workers",
-    "pin_memory",
-    "persistent_workers",
-    "prefetch_factor",
-    "progress_bar",
-    "checkpoint_minutes",
-    "max_hours",
-    "tensorboard",
-    "wandb",
-    "mlflow",
-    "project",
-    "run",
-}
-"""Fields of TrainConfig that may change between an interrupted training and its continuation."""
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +65,12 @@ def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None
     dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options, train.dataset_file)
     dataset.class_map = named(dataset.class_map, train.class_names)
     model = section.for_dataset(len(dataset.class_map))
-    inputs = _inputs(model, train, dataset, start)
+    inputs = training_identity(
+        model, train, dataset_digest=dataset.digest, start=None if start is None else start.digest
+    )
     resume = None if train.resume is None else partial(fetch_weights, train.resume)
     if train.resume is None or Path(train.resume).expanduser().resolve().parent != output:
-        _refuse_another_training(output, inputs)
+        _refuse_another_training(output, inputs, model, train, dataset.digest)
     batch_size, grad_accum_steps = _batch(model, train, dataset, inputs, output / "probe.json")
     weights = None if start is None else start.weights
     return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs, weights, resume)
@@ -138,22 +122,20 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _inputs(model: ModelConfig, train: TrainConfig, dataset: PreparedDataset, start: Start | None) -> str:
-    """sha256 of all that decides what training computes."""
-    settings = train.model_dump(mode="json", exclude=NO_INFLUENCE)
-    content = {"model": model.model_dump(mode="json"), "train": settings, "dataset": dataset.digest}
-    content |= {} if start is None else {"start": start.digest}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_another_training(output: Path, inputs: str) -> None:
-    for name in (checkpoint.LATEST, checkpoint.BEST_TOTAL):
-        path = output / name
-        if path.exists() and checkpoint.load(path).get("inputs") != inputs:
-            raise ConfigError(
-                f"{path}: is of another training (other settings, data or start weights)",
-                hint=f"give another output_dir, or continue it with resume={str(path)!r}",
-            )
+def _refuse_another_training(output: Path, inputs: str, model: ModelConfig, train: TrainConfig, digest: str) -> None:
+    """Refuse a folder whose newest whole checkpoint, or else best weights, are of another training."""
+    found = checkpoint.newest_whole(output)
+    total = output / checkpoint.BEST_TOTAL
+    if found is None and total.exists():
+        try:
+            found = total, checkpoint.load(total)
+        except CheckpointError as error:
+            log.warning("%s", error.message)  # training begins, and writes another
+    if found is not None and found[1].get("inputs") != inputs:
+        raise ConfigError(
+            f"{found[0]}: is of another training ({differences(found[1], model, train, digest)})",
+            hint=f"give another output_dir, or continue it with resume={str(found[0])!r}",
+        )
 
 
 def _batch(
@@ -167,5 +149,6 @@ def _batch(
         images = int(dataset.document["splits"]["train"]["images"])
         result = probe(model, train, images=images, max_boxes=dataset.max_boxes_per_image)
         document = {"inputs": inputs, **result.to_json()}
-        found.write_text(json.dumps(document, indent=2) + "\n")
+        with local_errors("write", found):
+            found.write_text(json.dumps(document, indent=2) + "\n")
     return int(document["batch_size"]), int(document["grad_accum_steps"])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,9 @@ __all__ = ["TrainingJob", "TrainingResult", "train"]
 WEIGHTS_REPORT = "weights.json"
 """What of the start weights was loaded, cut or left out; only where a training starts from some."""
 
+TRAINING_CONFIG = "training_config.json"
+"""Everything that was resolved: settings, classes, batch, seed, versions."""
+
 AUGMENTATION_PREVIEW = "augmentation.jpg"
 """Augmented training images with their boxes."""
 
@@ -119,22 +123,24 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
     with world.main_first():  # who may clear the folder
         begin = beginning(job)
-    position = start_position(begin.content, config.seed)
+    position = start_position(begin, config.seed)
     position.seed = world.from_main(position.seed)
     torch.manual_seed(position.seed)
     engine = build_engine(job.model, config, world, accumulates=job.grad_accum_steps > 1)
     stopping, outbox = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta), Outbox(publish)
     if begin.content is not None:
-        restore(begin.content, engine, stopping, position)
+        restore(begin, engine, stopping, position)
         if world.is_main:
             mend_best_files(job, position.best, outbox)
         position.best = world.from_main(position.best)
     elif begin.weights is not None:
         load_start_weights(begin.weights, engine, position)
-    if position.start is not None and world.is_main:
-        (job.output / WEIGHTS_REPORT).write_text(json.dumps(position.start, indent=2) + "\n")
+    resolved = _resolved(job, world, position.seed)
     del begin  # weights, moments and average once more, in host memory
     if world.is_main:
+        _write(job.output / TRAINING_CONFIG, resolved)
+        if position.start is not None:
+            _write(job.output / WEIGHTS_REPORT, position.start)
         metrics_log.begin(job.output, position.history)
 
     # ---- data and schedule --------------------------------------------------------------------------------
@@ -171,7 +177,11 @@ def train(
     with (
         worker_errors(),
         open_loggers(
-            shown, job.output, parameters=_parameters(job, world), history=position.history, runs=position.trackers
+            shown,
+            job.output,
+            parameters=resolved,
+            history=position.history,
+            runs=position.trackers,
         ) as loggers,
         Progress(style=shown.progress_bar, total_steps=total_steps, done_steps=position.global_step) as progress,
     ):
@@ -336,8 +346,8 @@ def _publish(clock: Clock, outbox: Outbox) -> None:
     clock.published()
 
 
-def _parameters(job: TrainingJob, world: World) -> dict[str, Any]:
-    """What trackers show beside the curves."""
+def _resolved(job: TrainingJob, world: World, seed: int) -> dict[str, Any]:
+    """What is trained, with every value that was left open; trackers show it beside the curves."""
     return {
         "model": job.model.model_dump(mode="json"),
         "train": job.train.model_dump(mode="json"),
@@ -345,7 +355,15 @@ def _parameters(job: TrainingJob, world: World) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "grad_accum_steps": job.grad_accum_steps,
         "ranks": world.size,
+        "effective_batch_size": job.batch_size * job.grad_accum_steps * world.size,
+        "seed": seed,
+        "versions": checkpoint.versions(),
     }
+
+
+def _write(path: Path, document: Any) -> None:
+    with local_errors("write", path):
+        path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: Callable[[], bool]) -> dict[str, Any]:
@@ -378,7 +396,7 @@ def _examine(job: TrainingJob, validation: Validation, row: Mapping[str, Any], p
         steps=position.global_step,
         start_weights=position.start is not None,
     )
-    (job.output / DOCTOR_REPORT).write_text(json.dumps(doctor.to_json(symptoms), indent=2) + "\n")
+    _write(job.output / DOCTOR_REPORT, doctor.to_json(symptoms))
     for line in doctor.report_lines(symptoms):
         log.warning("%s", line)
 
@@ -479,7 +497,8 @@ def _announce(
 ) -> None:
     parameters, ranks = sum(p.numel() for p in engine.raw_model.parameters()), engine.world.size
     log.info(
-        "%s %.1f M parameters on %s (%s), %d train images, batch %d x %d%s, %d steps per epoch, sides %s px, seed %d",
+        "%s %.1f M parameters on %s (%s), %d train images, batch %d x %d%s = %d, %d steps per epoch, sides %s px, "
+        "seed %d",
         job.model.variant,
         parameters / 1e6,
         engine.device,
@@ -487,7 +506,8 @@ def _announce(
         images,
         job.batch_size,
         job.grad_accum_steps,
-        f" x {ranks} ranks = {job.batch_size * job.grad_accum_steps * ranks}" if ranks > 1 else "",
+        f" x {ranks} ranks" if ranks > 1 else "",
+        job.batch_size * job.grad_accum_steps * ranks,
         sampler.steps_per_epoch,
         f"{scales[0]}..{scales[-1]}" if len(scales) > 1 else scales[0],
         position.seed,

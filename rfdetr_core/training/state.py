@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -113,9 +114,10 @@ class Outbox:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a training goes on from: a checkpoint's `content`; else `weights`, or drawn ones."""
+    """What a training goes on from: a checkpoint's `content`, read from `path`; else `weights`, or drawn ones."""
 
     content: Mapping[str, Any] | None = None
+    path: Path | None = None
     weights: Callable[[], WeightFile] | None = None
 
 
@@ -130,7 +132,7 @@ def beginning(job: TrainingJob) -> Beginning:
     """
     found = checkpoint.newest_whole(job.checkpoints)
     if found is not None and found[1].get("inputs") == job.inputs:
-        return Beginning(content=found[1])
+        return Beginning(content=found[1], path=found[0])
     if job.resume is not None:
         return _resumed(job, job.resume())
     if found is not None:
@@ -149,16 +151,22 @@ def _resumed(job: TrainingJob, path: Path) -> Beginning:
         content = {}  # no checkpoint of ours, or damaged: the reader of weight files tells
     if "position" not in content:
         log.warning("train.resume: %s holds weights only: optimizer and schedule start from step 0", path.name)
-        weights = read_weight_file(path)  # before the folder is cleared, in which it may lie
-        _clear(job.checkpoints)
+        weights = read_weight_file(path)
+        _clear(job.checkpoints, keep=path)  # until this training has a checkpoint of its own, it may begin again
         return Beginning(weights=lambda: weights)
     refuse_another_detector(job, content, path)
     position = {**content["position"], "stopped_early": False, "seconds": 0.0, "trackers": {}}
+    stopping = content["early_stopping"]
     if path.parent.resolve() != job.checkpoints.resolve():
         _clear(job.checkpoints)
         position["best"] = {}  # of files that lie elsewhere
+    if content.get("dataset_digest") != job.dataset.digest:  # other images, and scores that cannot be compared
+        position["skipped"], position["best"] = [], {}
+        stopping = {"best": -math.inf, "wait": 0}
+    if job.train.seed not in (None, position["seed"]):
+        log.warning("train.seed: %s has no effect: %s began with %d", job.train.seed, path.name, position["seed"])
     log.info("resuming %s after epoch %d, optimizer step %d", path, position["epoch"], position["global_step"])
-    return Beginning(content={**content, "position": position})
+    return Beginning(content={**content, "position": position, "early_stopping": stopping}, path=path)
 
 
 def refuse_another_detector(job: TrainingJob, content: Mapping[str, Any], path: Path) -> None:
@@ -190,23 +198,24 @@ ARCHITECTURE = {*checkpoint.PUBLISHED_FIELDS} - {"resolution", "num_select", "ia
 """Fields of ModelConfig that decide which tensors there are, and of which shape."""
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, *, keep: Path | None = None) -> None:
     for stale in checkpoint.own_files(folder):
-        stale.unlink()
+        if keep is None or stale.resolve() != keep.resolve():
+            stale.unlink()
 
 
-def start_position(content: Mapping[str, Any] | None, seed: int | None) -> Position:
+def start_position(begin: Beginning, seed: int | None) -> Position:
     """The position of a checkpoint, else the beginning with the given seed or a drawn one.
 
     Raises:
         CheckpointError: the checkpoint has no position that this program knows.
     """
-    if content is None:
+    if begin.content is None:
         return Position(seed=secrets.randbelow(2**31) if seed is None else seed)
     try:
-        return Position(**content["position"])
+        return Position(**begin.content["position"])
     except (KeyError, TypeError) as error:
-        raise _misfit(error) from error
+        raise _misfit(error, begin.path) from error
 
 
 def load_start_weights(weights: Callable[[], WeightFile], engine: Engine, position: Position) -> None:
@@ -229,35 +238,39 @@ def tell(report: LoadReport) -> None:
         log.log(level, "%s", line)
 
 
-def restore(content: Mapping[str, Any], engine: Engine, stopping: EarlyStopping, position: Position) -> None:
+def restore(begin: Beginning, engine: Engine, stopping: EarlyStopping, position: Position) -> None:
     """Put a checkpoint's weights, moments, averages, counters and random state where they belong.
 
     Raises:
         CheckpointError: they do not fit.
     """
+    content = begin.content or {}
     try:
         engine.raw_model.load_state_dict(content["model"])
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         engine.optimizer.load_state_dict(content["optimizer"])
         for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay  # the configuration's, which a resumed training may change
-        if engine.ema is not None:
+        if engine.ema is not None and content["ema_model"] is not None:
             engine.ema.module.load_state_dict(content["ema_model"])
             engine.ema.updates = content["ema_updates"]
+        elif engine.ema is not None:
+            engine.ema.module.load_state_dict(engine.raw_model.state_dict())
+            log.warning("the checkpoint has no averaged weights (train.use_ema): the average begins with its weights")
         stopping.best, stopping.wait = content["early_stopping"]["best"], content["early_stopping"]["wait"]
         position.sums = {name: value.to(engine.device) for name, value in position.sums.items()}
         engine.set_random_state(content["rng"])
         if content["scaler"]:
             engine.fabric.strategy.precision.load_state_dict(content["scaler"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise _misfit(error) from error
+        raise _misfit(error, begin.path) from error
 
 
-def _misfit(error: Exception) -> CheckpointError:
-    reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+def _misfit(error: Exception, path: Path | None) -> CheckpointError:
+    reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
     return CheckpointError(
-        f"{LATEST} does not fit this training: {reason}",
-        hint="remove it, or give --force to the stage, to start anew",
+        f"{path} does not fit this training: {reason}",
+        hint="give another output folder, or --force to the stage, to start anew",
     )
 
 

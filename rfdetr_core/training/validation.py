@@ -135,7 +135,9 @@ def _batch(
     losses: dict[str, Tensor] = {}
     device, autocast = engine.device, engine.autocast
     where = f"on {device} in evaluation at batch size {len(batch.counts)}"
-    with memory_errors(where, hint="lower train.eval_batch_size", device=device):
+    smaller = f"try train.eval_batch_size: {len(batch.counts) // 2}"
+    hint = smaller if len(batch.counts) > 1 else "lower model.resolution, or set train.fp16_eval: true on a GPU"
+    with memory_errors(where, hint=hint, device=device):
         pixels, targets = batch.on(device)
         for source, model in models.items():
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

@@ -38,9 +38,10 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Any:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def writes(name: str, text: str) -> Callable[[StageContext], None]:
@@ -246,8 +247,13 @@ sys.exit(run_stage(STAGE, body, sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize(
+    ("signum", "code", "state"), [(signal.SIGTERM, 143, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
 @pytest.mark.parametrize(("deferred", "safe_point"), [(False, False), (True, True)])
-def test_sigterm_ends_at_once_or_at_a_safe_point(run: Path, config: Path, deferred: bool, safe_point: bool) -> None:
+def test_a_signal_ends_at_once_or_at_a_safe_point(
+    run: Path, config: Path, deferred: bool, safe_point: bool, signum: int, code: int, state: str
+) -> None:
     command = [sys.executable, "-c", SLEEPER.format(deferred=deferred), "--run-uri", str(run), "--config", str(config)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert child.stdout is not None
@@ -255,12 +261,12 @@ def test_sigterm_ends_at_once_or_at_a_safe_point(run: Path, config: Path, deferr
         if line == "started\n":
             break
     started = time.monotonic()
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(signum)
     rest, _ = child.communicate(timeout=20)
-    assert child.returncode == 143
+    assert child.returncode == code
     assert time.monotonic() - started < 10
     assert ("safe point\n" in rest.splitlines(keepends=True)) is safe_point
-    assert status(run, "validate_dataset")["state"] == "preempted"
+    assert status(run, "validate_dataset")["state"] == state
     assert not (run / "dataset").exists()
 
 

@@ -179,13 +179,13 @@ class TestMemory:
         ) as caught:
             engine.optimizer_step(BATCHES, factor=1.0, global_step=0)
         assert caught.value.exit_code == 2
-        assert caught.value.hint.startswith("train.batch_size: 1 with train.grad_accum_steps: 6 ")
+        assert caught.value.hint.startswith("try train.batch_size: 1 with train.grad_accum_steps: 6, ")
 
     @pytest.mark.parametrize(
         ("batch", "accum", "advice"),
         [
-            (6, 2, "train.batch_size: 4 with train.grad_accum_steps: 3 "),
-            (5, 1, "train.batch_size: 1 with"),
+            (6, 2, "try train.batch_size: 4 with train.grad_accum_steps: 3, "),
+            (5, 1, "try train.batch_size: 1 with"),
             (1, 4, "lower"),
         ],
     )

@@ -632,7 +632,7 @@ class TestEvaluation:
 
         monkeypatch.setattr(validation, "detections_of", predict)
         with pytest.raises(
-            DeviceMemoryError, match=r"in evaluation at batch size 3, peak .* \(lower train\.eval_batch_size\)"
+            DeviceMemoryError, match=r"in evaluation at batch size 3, peak .* \(try train\.eval_batch_size: 1\)"
         ):
             train(tiny.job(dataset, tmp_path, epochs=1, eval_batch_size=3))
 

@@ -134,11 +134,84 @@ class TestPythonAPI:
     def test_own_checkpoint_with_more_epochs(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         model = tiny.model_config()
         train(job_in_folder(model, self.config(dataset, tmp_path, epochs=1)))
-        with pytest.raises(ConfigError, match=r"another training .*continue it with resume="):
-            job_in_folder(model, self.config(dataset, tmp_path, epochs=2))
-        longer = self.config(dataset, tmp_path, epochs=2, resume=str(tmp_path / "checkpoint.pth"))
+        longer = self.config(dataset, tmp_path, epochs=2)
         assert train(job_in_folder(model, longer)).epochs == 2
         assert train(job_in_folder(model, longer)).epochs == 2  # the same call again has nothing to do
+        assert train(job_in_folder(model, self.config(dataset, tmp_path, epochs=1))).epochs == 2  # nor one for less
+
+    def test_own_checkpoint_with_another_rate(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        model = tiny.model_config()
+        train(job_in_folder(model, self.config(dataset, tmp_path, epochs=1)))
+        other = r"another training \(train\.lr 0\.0001, here 0\.001\).*continue it with resume="
+        with pytest.raises(ConfigError, match=other):
+            job_in_folder(model, self.config(dataset, tmp_path, epochs=2, lr=1e-3))
+        longer = self.config(dataset, tmp_path, epochs=2, lr=1e-3, resume=str(tmp_path / "checkpoint.pth"))
+        assert train(job_in_folder(model, longer)).epochs == 2
+
+    def test_a_torn_newest_checkpoint_is_passed_over(
+        self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model, config = tiny.model_config(), self.config(dataset, tmp_path, epochs=2, checkpoint_interval=1)
+        train(job_in_folder(model, config))
+        for name in ("checkpoint.pth", "checkpoint_best_total.pth"):
+            (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5000])
+        assert train(job_in_folder(model, config)).epochs == 2
+        assert "checkpoint_1.pth is used instead" in caplog.text
+        assert checkpoint.load(tmp_path / "checkpoint_best_total.pth")
+
+    def test_weights_in_the_own_folder_stay_until_there_is_a_checkpoint(
+        self, dataset: PreparedDataset, tmp_path: Path
+    ) -> None:
+        model, total = tiny.model_config(), tmp_path / "checkpoint_best_total.pth"
+        train(job_in_folder(model, self.config(dataset, tmp_path, epochs=1)))
+        again = self.config(dataset, tmp_path, epochs=1, lr=1e-3, resume=str(total))
+        with pytest.raises(Terminated):
+            train(job_in_folder(model, again), stop_requested=lambda: True)
+        (tmp_path / "checkpoint.pth").unlink()  # as if it had been killed before
+        assert total.exists()
+        assert train(job_in_folder(model, again)).epochs == 1
+
+
+class TestAnotherDataset:
+    """What a checkpoint knows of the images that it was trained on does not go along to others."""
+
+    def test_skipped_images_and_scores_stay_behind(self, dataset: PreparedDataset, tmp_path: Path) -> None:
+        damaged, _ = tiny.damaged(dataset, tmp_path / "damaged", 9)
+        train(tiny.job(damaged, tmp_path / "first", epochs=1, skip_corrupt=1, early_stopping=True))
+        newer = tiny.prepare(tiny.draw(tmp_path / "coco", train=8), tmp_path / "newer")
+        job = dataclasses.replace(
+            tiny.job(newer, tmp_path / "second", epochs=2, early_stopping=True),
+            inputs="resumed",
+            resume=lambda: tmp_path / "first" / "checkpoint.pth",
+        )
+        result = train(job)
+        assert result.skipped == ()
+        content = checkpoint.load(tmp_path / "second" / "checkpoint.pth")
+        assert content["early_stopping"]["wait"] == 0 and content["early_stopping"]["best"] > -1
+
+
+class TestOtherSettings:
+    def resumed(self, dataset: PreparedDataset, folder: Path, **settings: Any) -> TrainingJob:
+        return dataclasses.replace(
+            tiny.job(dataset, folder / "second", epochs=2, **settings),
+            inputs="resumed",
+            resume=lambda: folder / "first" / "checkpoint.pth",
+        )
+
+    def test_an_average_begins_where_there_was_none(
+        self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        train(tiny.job(dataset, tmp_path / "first", epochs=1, use_ema=False))
+        train(self.resumed(dataset, tmp_path))
+        assert "has no averaged weights" in caplog.text
+        assert (tmp_path / "second" / "checkpoint_best_ema.pth").exists()
+
+    def test_another_seed_has_no_effect_and_is_told(
+        self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        train(tiny.job(dataset, tmp_path / "first", epochs=1))
+        assert train(self.resumed(dataset, tmp_path, seed=99)).seed == 7
+        assert "train.seed: 99 has no effect" in caplog.text
 
     @pytest.mark.parametrize("own", ["auto", "last", ""])
     def test_auto_is_what_happens_anyway(self, own: str) -> None:
