@@ -126,8 +126,7 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
     work = Path(tempfile.mkdtemp(prefix=f"rfdetr-{stage.name}-"))
     log_file = work / "stage.log"
     stop = StopFlag()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop.handle)
+    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     status = _Status(stage)
     run: Location | None = None
     try:
@@ -158,6 +157,8 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
             status.write(run)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return status.exit_code
 
 

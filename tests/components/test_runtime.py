@@ -36,14 +36,6 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def own_signals() -> Any:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def writes(name: str, text: str) -> Callable[[StageContext], None]:
     def body(context: StageContext) -> None:
         (context.output / name).write_text(text)

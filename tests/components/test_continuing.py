@@ -1,0 +1,108 @@
+"""The train stage under the same run id: what it takes over of earlier attempts, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.probe_batch_size import stage as probe_batch_size
+from components.train import stage as train
+from components.validate_dataset import stage as validate_dataset
+from rfdetr_core.publication import MANIFEST
+from rfdetr_core.training import checkpoint
+from tests.training import tiny
+
+ARCHITECTURE = {name: value for name, value in tiny.MODEL.items() if name != "num_classes"}
+
+
+class Run:
+    """The first three stages of one run, in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = tiny.draw(folder / "coco")
+        self.place = folder / "root" / "runs" / "r1"
+        self.checkpoints = self.place / "train" / "checkpoints"
+
+    def __call__(self, **settings: Any) -> int:
+        """Give the run these settings, and go through its stages; returns the last exit code."""
+        base = {**tiny.TRAIN, "epochs": 2, "batch_size": 2, "grad_accum_steps": 1, "checkpoint_interval": 1}
+        sections = {
+            "name": "shapes",
+            "dataset": {"uri": str(self.data)},
+            "model": ARCHITECTURE,
+            "train": {**base, **settings},
+        }
+        config = self.folder / "config.yaml"
+        config.write_text(json.dumps(sections))  # JSON is YAML
+        codes = [validate_dataset.main(["--run-uri", str(self.place), "--config", str(config)])]
+        codes += [stage.main(["--run-uri", str(self.place)]) for stage in (probe_batch_size, train)]
+        assert codes[:-1] == [0, 0]
+        return codes[-1]
+
+    def result(self) -> Any:
+        return json.loads((self.place / "train" / "result.json").read_text())
+
+    def unpublished(self) -> None:
+        """As a pod leaves it that was lost in training."""
+        (self.place / "train" / MANIFEST).unlink()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def weights(path: Path) -> Any:
+    return checkpoint.load(path)["model"]
+
+
+@pytest.mark.parametrize("change", [{"num_workers": 1}, {"max_hours": 5.0}, {"progress_bar": "tqdm"}])
+def test_what_does_not_change_the_numbers_costs_no_training(
+    run: Run, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run() == 0
+    before = run.result()
+    monkeypatch.setattr("rfdetr_core.training.loop._windows", None)  # whoever trains calls it
+    assert run(**change) == 0
+    after = run.result()
+    assert (after["optimizer_steps"], after["best_score"]) == (before["optimizer_steps"], before["best_score"])
+    assert (run.place / "train" / MANIFEST).exists()
+
+
+def test_more_epochs_go_on_and_fewer_are_done_already(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(epochs=1) == 0
+    assert run(epochs=2) == 0
+    assert "continuing after epoch 1, optimizer step 5" in capsys.readouterr().out
+    assert run.result()["optimizer_steps"] == 10
+    assert run(epochs=1) == 0
+    assert "2 epochs are trained already, train.epochs asks for 1" in capsys.readouterr().out
+    assert run.result()["optimizer_steps"] == 10
+
+
+def test_another_rate_is_another_training(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(epochs=1) == 0
+    assert run(epochs=1, lr=1e-3) == 0
+    told = "of another training (train.lr 0.0001, here 0.001): training starts anew"
+    assert told in capsys.readouterr().out
+    assert checkpoint.load(run.checkpoints / checkpoint.LATEST)["train_config"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("lost", ["gone", "torn"])
+def test_without_the_newest_checkpoint_a_periodic_one_serves(run: Run, lost: str) -> None:
+    assert run() == 0
+    run.unpublished()
+    latest, periodic = run.checkpoints / checkpoint.LATEST, run.checkpoints / "checkpoint_1.pth"
+    whole, trained = weights(latest), weights(periodic)
+    assert all(bool((whole[name] == trained[name]).all()) for name in whole)
+    if lost == "gone":
+        latest.unlink()
+    else:
+        latest.write_bytes(latest.read_bytes()[:-5000])
+    assert run() == 0
+    assert run.result()["optimizer_steps"] == 10
+    again = weights(run.checkpoints / checkpoint.BEST_TOTAL)
+    assert again.keys() == whole.keys()
