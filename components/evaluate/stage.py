@@ -17,7 +17,7 @@ STAGE = Stage(
     name="evaluate",
     folder="evaluate",
     summary="Evaluate the trained weights and the champion on the test split.",
-    reads=("name", "evaluate", "train.eval_max_dets", "train.accelerator", "train.num_workers"),
+    reads=("name", "evaluate", "train.eval_max_dets", "train.accelerator", "train.num_workers", "train.fp16_eval"),
     after=("dataset", "train"),
 )
 
@@ -94,6 +94,7 @@ def _evaluate(context: StageContext, weights: Path, dataset: Any, split: str) ->
         max_dets=config.train.eval_max_dets,
         device=torch.device(fabric_accelerator(config.train.accelerator)),
         loading=LoaderSettings(config.train.num_workers, None, None, None),
+        fp16=config.train.fp16_eval,
     )
     found = {
         **metrics.to_json(),

@@ -26,8 +26,9 @@ def evaluate_model(
     max_dets: int,
     device: torch.device,
     loading: LoaderSettings,
+    fp16: bool = False,
 ) -> tuple[CocoMetrics, Detections]:
-    """COCO metrics and detections of a model on a split.
+    """COCO metrics and detections of a model on a split; with `fp16` under float16 autocast, but on a CPU.
 
     The model may know other classes, or the same in another order: detections are carried over by class name,
     and those of a class that the split does not have are dropped.
@@ -42,9 +43,15 @@ def evaluate_model(
             num_select=trained.config.num_select,
             num_classes=len(trained.class_names),
             device=device,
+            autocast=half_precision(device) if fp16 else None,
         )
     detections = by_name(detections, trained.class_names, class_map)
     return coco_metrics(split.table, class_map, detections, max_dets=max_dets), detections
+
+
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """What autocast takes where float16 is asked for; None on a CPU, which has no use for it."""
+    return None if device.type == "cpu" else torch.float16
 
 
 def by_name(detections: Detections, names: tuple[str, ...], class_map: ClassMap) -> Detections:

@@ -23,6 +23,7 @@ from rfdetr_core import hardware
 from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.errors import ConfigError, DeviceMemoryError, TrainingError
+from rfdetr_core.evaluation.evaluate import half_precision
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.training.criterion import Criterion
 from rfdetr_core.training.distributed import ALONE, World, chosen_devices
@@ -65,9 +66,7 @@ class Engine:
     @property
     def autocast(self) -> torch.dtype | None:
         """The precision of evaluation: float16 if `fp16_eval` asks for it and the device has it, else training's."""
-        if self.fp16_eval and self.device.type != "cpu":
-            return torch.float16
-        return AUTOCAST[self.precision]
+        return (half_precision(self.device) if self.fp16_eval else None) or AUTOCAST[self.precision]
 
     def optimizer_step(
         self,

@@ -231,7 +231,9 @@ def train(
             # ---- the epoch's numbers ----------------------------------------------------------------------
             row: dict[str, Any] = {"epoch": position.epoch, "step": position.global_step - 1}
             row |= {f"train/{name}": float(value) / position.step for name, value in position.sums.items()}
-            row["train/lr"] = config.lr * schedule.factor(position.global_step - 1)
+            rate = schedule.factor(position.global_step - 1)
+            row |= {"train/lr": config.lr * rate}
+            row |= {"train/lr_min": min(engine.base_rates) * rate, "train/lr_max": max(engine.base_rates) * rate}
             if evaluates or world.any(clock.total >= budget):
                 with clock.running("eval"):
                     validation = validate(

@@ -14,7 +14,8 @@ from rfdetr_core.config import ModelConfig
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.loading import LoaderSettings, eval_loader
 from rfdetr_core.data.prepared import PreparedDataset
-from rfdetr_core.evaluation.evaluate import by_name, evaluate_model, split_digest
+from rfdetr_core.evaluation import evaluate
+from rfdetr_core.evaluation.evaluate import by_name, evaluate_model, half_precision, split_digest
 from rfdetr_core.evaluation.inference import predict_split
 from rfdetr_core.models.weights import TrainedModel
 from tests.data.helpers import annotation, document, grid_dataset, image_row, prepared, write_dataset
@@ -168,3 +169,20 @@ def test_the_split_digest_is_that_of_what_is_evaluated(tmp_path: Path) -> None:
         digest("name", images=[image_row(1, "w.png")]),
     }
     assert len(others | {first}) == 4
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", torch.float16), ("mps", torch.float16), ("cpu", None)])
+def test_half_precision_is_for_devices_that_gain_by_it(device: str, expected: torch.dtype | None) -> None:
+    assert half_precision(torch.device(device)) == expected
+
+
+def test_a_cpu_evaluates_in_float32_all_the_same(dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = dataset.split("train")
+    for expected in (torch.float32, torch.bfloat16):
+        model = Known(split.table, 3)
+        evaluate_model(
+            trained(model, ("cat", "dog")), split, dataset.class_map,
+            batch_size=4, max_dets=100, device=CPU, loading=ALONE, fp16=True,
+        )  # fmt: skip
+        assert model.dtypes == {expected}
+        monkeypatch.setattr(evaluate, "half_precision", lambda _: torch.bfloat16)  # as on a device that gains by it

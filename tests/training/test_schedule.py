@@ -85,10 +85,12 @@ def test_the_schedule_reaches_the_optimizer(
 ) -> None:
     """The rates that training really steps with: warm-up from zero, then the drop."""
     seen: list[float] = []
+    rates: list[float] = []
     original = Engine.optimizer_step
 
     def record(self: Engine, window: Sequence[Batch], **settings: Any) -> dict[str, Tensor] | None:
         result = original(self, window, **settings)
+        rates[:] = self.base_rates
         seen.append(self.optimizer.param_groups[0]["lr"] / self.base_rates[0])
         return result
 
@@ -97,3 +99,6 @@ def test_the_schedule_reaches_the_optimizer(
     assert seen == pytest.approx([0.0, 0.5, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.1])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/lr"] for row in rows] == pytest.approx([1e-4, 1e-5])
+    for name, rate in (("train/lr_min", min(rates)), ("train/lr_max", max(rates))):
+        assert [row[name] for row in rows] == pytest.approx([rate, 0.1 * rate])
+    assert min(rates) < 1e-4 < max(rates)
