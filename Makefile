@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long parameters golden bench peer lint compile docs lock clean
+.PHONY: help setup demo test test-long parameters golden bench peer lint compile docs lock lock-images images push clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,10 +59,27 @@ docs: $(READY) ## Write docs/parameters.md anew from the configuration classes
 	$(BIN)/python -m rfdetr_core.config.table > docs/parameters.md.new
 	mv docs/parameters.md.new docs/parameters.md
 
-lock: $(READY) ## Pin all dependencies anew, with hashes, into requirements-dev.txt
+UV_COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
+REQUIREMENTS := images/requirements
+lock: $(READY) ## Pin all dependencies anew, with hashes: requirements-dev.txt and those of the images
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
-	  --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements-dev.txt
+	$(UV_COMPILE) pyproject.toml --extra dev --upgrade --output-file requirements-dev.txt
+	$(MAKE) lock-images
+
+lock-images: $(READY) ## Pin what the images hold, at the versions of requirements-dev.txt
+	$(BIN)/python -m pip install --quiet uv
+	$(UV_COMPILE) pyproject.toml -c requirements-dev.txt --output-file $(REQUIREMENTS)/base.txt
+	for image in torch probe-batch-size train evaluate export-onnx; do \
+	  $(UV_COMPILE) pyproject.toml --extra image-$$image -c requirements-dev.txt --output-file $(REQUIREMENTS)/$$image.txt || exit; \
+	done
+	sed -n '/^  "kfp==/s/[ ",]//gp' pyproject.toml | \
+	  $(UV_COMPILE) - --no-deps --no-annotate -c requirements-dev.txt --output-file $(REQUIREMENTS)/kfp.txt
+
+images: ## Build the image of every stage, with docker, podman or buildah (BASE_IMAGE=... for another base)
+	$(PYTHON) -m pipelines.containers build --base "$(BASE_IMAGE)"
+
+push: ## Push the images to REGISTRY=... and write images/digests.json, for compile --pinned
+	$(PYTHON) -m pipelines.containers push "$(REGISTRY)"
 
 clean: ## Remove the virtual environment and what demo and tests left
 	rm -rf $(VENV) $(PEER) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
