@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from components.images import DIGESTS, PINNED, pinned_images
+from pipelines.containers.engine import Containers, local_inputs
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import CheckpointError, ConfigError, ExitError
@@ -30,6 +33,10 @@ ROOT = typer.Option(
     "--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix or a folder. [default: an S3 server over ./runs]"
 )
 RUN_ID = typer.Option("--run-id", help="Name of the run; the same name again continues it. [default: the time]")
+IN_CONTAINERS = typer.Option("--in-containers", help="Run every stage in its own image, as a cluster does.")
+CPUS = typer.Option("--cpus", min=0.1, help="Cores of each container; with --in-containers.")
+MEMORY = typer.Option("--memory", help="Memory of each container, such as 8g; with --in-containers.")
+GPUS = typer.Option("--gpus", help="Give all GPUs to the stages that compute; with --in-containers.")
 DEBUG = typer.Option("--debug", help="Show tracebacks, and all that kfp says.")
 
 
@@ -40,9 +47,13 @@ def run(
     overrides: Annotated[str, OVERRIDES] = "{}",
     root: Annotated[str | None, ROOT] = None,
     run_id: Annotated[str, RUN_ID] = "",
+    in_containers: Annotated[bool, IN_CONTAINERS] = False,
+    cpus: Annotated[float | None, CPUS] = None,
+    memory: Annotated[str | None, MEMORY] = None,
+    gpus: Annotated[bool, GPUS] = False,
     debug: Annotated[bool, DEBUG] = False,
 ) -> None:
-    """Run the whole DAG on this machine, every stage in a process of its own.
+    """Run the whole DAG on this machine, every stage in a process of its own, or in a container.
 
     Exit code: that of the stage that failed, 2 for what you must change, 75 for what is worth another try.
     """
@@ -51,9 +62,16 @@ def run(
     config_uri = _absolute(config)
     if root is None:
         _refuse_foreign_store(config_uri, resolved.dataset.uri)
+    containers = None
+    if in_containers:
+        paths, mounts = local_inputs(config_uri, resolved)
+        changed = merge(changed, paths)
+        containers = Containers(cpus=cpus, memory=memory, gpus=gpus, mounts=mounts)
+    elif cpus or memory or gpus:
+        raise ConfigError("--cpus, --memory and --gpus are for containers", hint="give --in-containers as well")
     run_id = run_id or new_run_id()
     try:
-        outcome = run_locally(config_uri, changed, run_id=run_id, root=root, verbose=debug)
+        outcome = run_locally(config_uri, changed, run_id=run_id, root=root, verbose=debug, containers=containers)
     except KeyboardInterrupt:
         print(f"stopped; run the same command with --run-id {run_id} to continue", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -64,8 +82,13 @@ def run(
 @app.command("compile")
 def compile_pipeline(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("retrain.yaml"),
+    pinned: Annotated[bool, typer.Option("--pinned", help="Name images by the digests that make push wrote.")] = False,
+    digests: Annotated[Path, typer.Option("--digests", help="The file that it wrote.")] = DIGESTS,
 ) -> None:
     """Write the DAG as KFP IR YAML, for a cluster; the same bytes every time."""
+    if pinned:
+        pinned_images(digests)  # what is wrong with the file is said before kfp comes
+        os.environ[PINNED] = str(digests)  # read when the components are imported
     from kfp import compiler
 
     from pipelines.retrain import retrain
@@ -84,13 +107,14 @@ def put_weights(
     """Check a weight file and bring it into the store once, for stages without internet."""
     if root is None:
         raise ConfigError("no store to put the weights into", hint="give --root s3://bucket/prefix, or set RFDETR_ROOT")
-    from rfdetr_core.models.weight_file import read_weight_file, variant_of  # torch takes seconds
+    from rfdetr_core.models.weight_file import read_weight_file, refuse_other_kinds, variant_of  # torch takes seconds
 
     target = location(root)
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
         path = fetch_weights(file)
         content = read_weight_file(path)
+    refuse_other_kinds(content)
     variant = variant_of(content)
     if variant is not None and variant not in VARIANTS:
         raise CheckpointError(f"{path}: holds weights of the kind {variant}", hint=f"known are {', '.join(VARIANTS)}")

@@ -17,7 +17,13 @@ from rfdetr_core.config import VARIANTS, ModelConfig, ModelSection, refuse_unbui
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.errors import CheckpointError, ConfigError
 from rfdetr_core.models.detector import RFDETR
-from rfdetr_core.models.weight_file import WeightFile, architecture_of, read_weight_file, variant_of
+from rfdetr_core.models.weight_file import (
+    WeightFile,
+    architecture_of,
+    read_weight_file,
+    refuse_other_kinds,
+    variant_of,
+)
 from rfdetr_core.models.weights import TrainedModel, load_pretrained
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.state import tell
@@ -34,18 +40,22 @@ def read_detector(path: Path) -> TrainedModel:
     """The detector of a weight file, in eval mode on the CPU: architecture, class names and weights are the file's.
 
     Raises:
-        CheckpointError: it cannot be read, is a checkpoint for resuming, or does not say what detector it holds.
+        CheckpointError: it cannot be read, is a checkpoint for resuming or of another format version of ours, or
+            does not say what detector it holds.
     """
     try:
         content = checkpoint.load(path)
-    except CheckpointError:  # of another program, or damaged: the reader of all forms can tell
-        return _read_foreign(path)
+    except CheckpointError:  # of another program, damaged, or ours of another version: the reader of all forms tells
+        file = read_weight_file(path)
+        if file.format_version is not None:
+            raise
+        return _from_foreign(file)
     return checkpoint.trained_from(content, path)
 
 
-def _read_foreign(path: Path) -> TrainedModel:
-    file = read_weight_file(path)
-    variant = variant_of(file)
+def _from_foreign(file: WeightFile) -> TrainedModel:
+    refuse_other_kinds(file)
+    path, variant = file.path, variant_of(file)
     if variant not in VARIANTS:
         what = "of no variant that this program knows" if variant is None else f"of the kind {variant}"
         raise CheckpointError(
@@ -60,33 +70,47 @@ def _read_foreign(path: Path) -> TrainedModel:
 
 
 def begin_from(file: WeightFile, section: ModelSection) -> TrainedModel:
-    """The detector of `section` with the weights of a file; without `num_classes` it keeps the file's classes.
+    """The detector of `section` with the weights of a file.
+
+    Without `num_classes` it keeps the file's classes, as many as a detector has by default: 90 (spec 7.3, rule 4).
 
     Raises:
         CheckpointError: the weights do not fit.
         ConfigError: num_select was given and is too large for the file's classes.
     """
     refuse_another_variant(file, section)
-    return _built(file, section.with_num_classes(section.num_classes or file.num_classes))
+    most = ModelConfig.model_fields["num_classes"].default
+    if section.num_classes is None and file.num_classes > most:
+        log.warning(
+            "%s has %d classes, and num_classes is not given: the first %d are kept",
+            file.path.name,
+            file.num_classes,
+            most,
+        )
+    return _built(file, section.with_num_classes(section.num_classes or min(file.num_classes, most)))
 
 
 def refuse_another_variant(file: WeightFile, section: ModelSection) -> None:
-    """Refuse weights of which a part would be left out, or stay random, because they are of another variant.
+    """Refuse weights of another kind of model, or of which decoder layers would be left out or stay random.
+
+    Another number of layers than the file's may be wanted, if it is not the variant's own either.
 
     Raises:
-        CheckpointError: the file is of another variant, with another number of decoder layers.
+        CheckpointError: the file is of a kind that is not built, or has another number of decoder layers.
     """
-    variant = variant_of(file)
-    layers = architecture_of(file).get("dec_layers")
-    if layers in (None, section.dec_layers) or variant == section.variant:  # none at all: refused when it is loaded
+    refuse_other_kinds(file)
+    variant, layers = variant_of(file), architecture_of(file).get("dec_layers")
+    if layers in (None, section.dec_layers):  # none at all: refused when it is loaded
         return
-    own_depth = section.dec_layers == VARIANTS[section.variant]["dec_layers"]  # or another one, on purpose
-    if variant is not None or own_depth:
-        raise CheckpointError(
-            f"{file.path}: holds the weights of {variant or 'an unknown variant'} ({layers} decoder layers), "
-            f"the model is {section.variant} ({section.dec_layers})",
-            hint=f"use weights of {section.variant}" + (f", or the variant {variant}" if variant else ""),
-        )
+    chosen = section.dec_layers != VARIANTS[section.variant]["dec_layers"]
+    if chosen and variant in (None, section.variant):
+        return
+    hint = f"use weights of {section.variant}" + (f", or the variant {variant}" if variant in VARIANTS else "")
+    raise CheckpointError(
+        f"{file.path}: holds the weights of {variant or 'an unknown variant'} ({layers} decoder layers), "
+        f"the model is {section.variant} ({section.dec_layers})",
+        hint=f"set model.dec_layers: {layers}" if variant == section.variant else hint,
+    )
 
 
 def _built(file: WeightFile, config: ModelConfig) -> TrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from rfdetr_core import RFDETRNano, RFDETRPico, api
+from rfdetr_core.__main__ import main
 from rfdetr_core.coco_names import COCO_NAMES, names_by_slot
 from rfdetr_core.config import ModelSection
 from rfdetr_core.detector_files import as_weight_file, begin_from, class_names_of, read_detector, write_detector
@@ -23,6 +26,7 @@ from tests.models import golden
 from tests.training import tiny
 
 OWN = ("ant", "bee", "fly")
+SIZES = {name: value for name, value in tiny.MODEL.items() if name != "variant"}
 
 
 def file_of(slots: int, names: tuple[str, ...] = ()) -> WeightFile:
@@ -87,7 +91,8 @@ class TestReadDetector:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"model_name": "RFDETRSegNano"}, r"is of the kind seg-nano \(known are pico, nano"),
+            ({"model_name": "RFDETRSegNano"}, "the weights of a segmentation model, and masks are not built"),
+            ({"model_name": "RFDETR2XLarge"}, r"is of the kind 2xlarge \(known are pico, nano"),
             ({"model_config": {"resolution": 33}, "model_name": "RFDETRPico"}, "cannot be built: .*resolution"),
             (
                 {"model_config": {"num_decoder_registers": 2}, "model_name": "RFDETRPico"},
@@ -101,6 +106,39 @@ class TestReadDetector:
         with pytest.raises(CheckpointError, match=message) as caught:
             read_detector(tmp_path / "w.pth")
         assert "\n" not in str(caught.value)
+
+    def test_how_and_where_somebody_trained_is_no_part_of_a_file(self, tmp_path: Path) -> None:
+        """Files of the published package, trained with its speed switches; of ours too."""
+        module, switches = tiny_model(), {"compile": True, "cuda_graphs": True, "fused_optimizer": False}
+        stated = {name: list(v) if isinstance(v, tuple) else v for name, v in tiny.MODEL.items()}
+        config = {**stated, **switches, "device": "cuda", "amp": False, "mask_downsample_ratio": 2}
+        content = {"model": module.state_dict(), "model_name": "RFDETRPico", "model_config": config}
+        torch.save(content, tmp_path / "theirs.pth")
+        write_detector(TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64), tmp_path / "ours.pth")
+        ours = torch.load(tmp_path / "ours.pth", weights_only=True)
+        torch.save({**ours, "config": {**ours["config"], **switches, "device": "cuda"}}, tmp_path / "ours.pth")
+        for name in ("theirs.pth", "ours.pth"):
+            assert read_detector(tmp_path / name).config == module.config
+        assert RFDETRPico.from_checkpoint(tmp_path / "theirs.pth").config.compile is False
+
+    def test_more_is_selected_in_a_file_than_there_is(self, tmp_path: Path) -> None:
+        """One class and few queries, with num_select as upstream leaves it."""
+        module = tiny_model(num_classes=1, num_select=None)
+        config = {**tiny.MODEL, "num_classes": 1, "num_select": 300, "out_feature_indexes": [1, 2]}
+        content = {"model": module.state_dict(), "model_name": "RFDETRPico", "model_config": config}
+        torch.save(content, tmp_path / "w.pth")
+        assert read_detector(tmp_path / "w.pth").config.num_select == 16
+
+    @pytest.mark.parametrize("version", [3, 0, "2"])
+    def test_our_file_of_another_format_is_not_read_as_somebody_elses(self, tmp_path: Path, version: Any) -> None:
+        """The loss that it was trained with stands in our own section alone."""
+        module = tiny_model(ia_bce_loss=False, use_varifocal_loss=True)
+        write_detector(TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64), tmp_path / "own.pth")
+        content = torch.load(tmp_path / "own.pth", weights_only=True)
+        torch.save({**content, "format_version": version}, tmp_path / "own.pth")
+        with pytest.raises(CheckpointError, match=f"format version {version}, this program reads 2"):
+            read_detector(tmp_path / "own.pth")
+        assert read_weight_file(tmp_path / "own.pth").class_names == OWN  # to begin a training with, it is good
 
     @pytest.mark.parametrize("data", [b"", b"no weights", b"PK\x03\x04 cut off"])
     def test_what_is_no_weight_file(self, tmp_path: Path, data: bytes) -> None:
@@ -172,6 +210,14 @@ class TestBeginFrom:
             begin_from(file, ModelSection.parse({**tiny.MODEL, "dec_layers": 2}))
         assert len(begin_from(file, ModelSection.parse({**tiny.MODEL, "dec_layers": 3})).module.state_dict())
 
+    def test_layers_would_stay_random_though_the_variant_is_the_same(self) -> None:
+        file = as_weight_file(self.trained(tiny_model(dec_layers=1)))
+        with pytest.raises(
+            CheckpointError,
+            match=r"weights of pico \(1 decoder layers\), the model is pico \(2\) \(set model.dec_layers: 1\)",
+        ):
+            begin_from(file, ModelSection.parse(tiny.MODEL))
+
     def test_fewer_layers_of_the_same_variant_are_the_users_choice(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -193,6 +239,35 @@ class TestBeginFrom:
         assert "class heads have 4 rows in the file and 6 in the model" in caplog.text
         assert (grown.config.num_classes, grown.class_names) == (5, (*OWN, "class_3", "class_4"))
         assert "w.pth names 3 of 5 classes: the others are class_3, class_4" in caplog.text
+
+    def test_without_a_number_no_more_classes_than_a_detector_has_by_default(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Weights of Objects365, for example."""
+        module = tiny_model(num_classes=365)
+        torch.save({"model": module.state_dict()}, tmp_path / "w.pth")
+        caplog.set_level(logging.INFO)
+        section = {name: value for name, value in tiny.MODEL.items() if name != "num_classes"}
+        cut = begin_from(read_weight_file(tmp_path / "w.pth"), ModelSection.parse(section))
+        assert (cut.config.num_classes, len(cut.class_names)) == (90, 90)
+        assert torch.equal(cut.module.class_embed.weight, module.class_embed.weight[:91])
+        assert "class heads have 366 rows in the file and 91 in the model: the first 91 are kept" in caplog.text
+        told = [row.getMessage() for row in caplog.records if row.levelno == logging.WARNING]
+        assert "w.pth has 365 classes, and num_classes is not given: the first 90 are kept" in told
+        whole = begin_from(
+            read_weight_file(tmp_path / "w.pth"), ModelSection.parse({**section, "num_classes": 365})
+        ).module
+        assert torch.equal(whole.class_embed.weight, module.class_embed.weight)
+
+    @pytest.mark.parametrize("classes", [89, 90])
+    def test_as_many_classes_as_a_detector_has_by_default_stay(
+        self, classes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        section = {name: value for name, value in tiny.MODEL.items() if name != "num_classes"}
+        torch.save({"model": tiny_model(num_classes=classes).state_dict()}, tmp_path / "w.pth")
+        file = read_weight_file(tmp_path / "w.pth")
+        assert begin_from(file, ModelSection.parse(section)).config.num_classes == classes
+        assert "is not given" not in caplog.text
 
     @pytest.mark.parametrize("class_names", [["ant", "bee"], {0: "ant", 1: "bee"}])
     def test_a_class_that_the_file_does_not_name_is_found_all_the_same(self, tmp_path: Path, class_names: Any) -> None:
@@ -221,6 +296,48 @@ class TestBeginFrom:
     @staticmethod
     def trained(module: RFDETR) -> TrainedModel:
         return TrainedModel(module, module.config, OWN, "ema", 0, "0" * 64)
+
+
+@pytest.mark.filterwarnings("ignore:.* is not the published file of that name")
+class TestOtherKinds:
+    """A segmentation file says so, before anything else that may not fit; the pipeline's tests have its ways."""
+
+    @pytest.fixture(params=["rf-detr-seg-nano.pt", "mine.pth"])
+    def masks(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        """As many decoder layers as seg-nano has, and its head; nothing else tells its kind."""
+        state = {**tiny_model(dec_layers=4).state_dict(), "segmentation_head.blocks.0.dwconv.bias": torch.ones(3)}
+        torch.save({"model": state}, tmp_path / request.param)
+        return tmp_path / str(request.param)
+
+    @pytest.mark.parametrize(
+        "use", ["RFDETRNano", "RFDETRPico", "RFDETR.from_checkpoint", "RFDETRNano.from_checkpoint"]
+    )
+    def test_in_python(self, masks: Path, use: str) -> None:
+        with pytest.raises(CheckpointError) as caught:
+            {
+                "RFDETRNano": lambda: RFDETRNano(pretrain_weights=masks),
+                "RFDETRPico": lambda: RFDETRPico(pretrain_weights=masks, **SIZES),
+                "RFDETR.from_checkpoint": lambda: api.RFDETR.from_checkpoint(masks),
+                "RFDETRNano.from_checkpoint": lambda: RFDETRNano.from_checkpoint(masks),
+            }[use]()
+        assert str(caught.value) == self.refusal(masks)
+
+    def test_on_the_command_line(self, masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        sections = {"model": tiny.MODEL, "train": {**tiny.TRAIN, "batch_size": 2}}
+        run = {"name": "shapes", "dataset": {"uri": str(tiny.draw(tmp_path / "coco"))}, **sections}
+        (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
+        command = ["train", "--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "output")]
+        assert main([*command, "--pretrain-weights", str(masks)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {self.refusal(masks)}"
+        assert main(["predict", "--weights", str(masks), "picture.jpg"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {self.refusal(masks)}"
+
+    @staticmethod
+    def refusal(path: Path) -> str:
+        return (
+            f"{path}: holds the weights of a segmentation model, and masks are not built: this program has detectors "
+            "only (give the weights of a detector, such as rf-detr-nano.pth)"
+        )
 
 
 def test_weights_at_hand_are_a_file_too() -> None:

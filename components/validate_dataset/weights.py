@@ -11,7 +11,7 @@ from typing import Any
 from components.runtime import StageContext
 from rfdetr_core.config import VARIANTS, ModelSection
 from rfdetr_core.errors import CheckpointError, MissingObjectError
-from rfdetr_core.models.file_form import refuse_other_forms
+from rfdetr_core.models.file_form import kind_in_file, other_kind, refuse_other_forms
 from rfdetr_core.models.published import PUBLISHED
 from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.storage import location
@@ -41,7 +41,7 @@ def check_weights(context: StageContext) -> None:
 
     Raises:
         StorageAccessError: there is no such file, or it may not be read.
-        CheckpointError: it is no weight file, cut off, or published for another variant.
+        CheckpointError: it is no weight file, cut off, of a kind that is not built, or published for another variant.
     """
     resume = context.config.train.resume
     if resume is not None and not location(resume).exists():
@@ -65,6 +65,8 @@ def fetched(context: StageContext, uri: str) -> Path:
 def describe_weights(path: Path, uri: str, model: ModelSection) -> dict[str, Any]:
     """What weights.json says of a local file."""
     refuse_other_forms(path, uri)
+    if (kind := kind_in_file(path)) is not None:
+        raise other_kind(uri, kind)
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     published = next((known.name for known in PUBLISHED.values() if known.md5 == md5), None)
@@ -76,9 +78,7 @@ def describe_weights(path: Path, uri: str, model: ModelSection) -> dict[str, Any
 def _refuse_another_variant(published: str, uri: str, model: ModelSection) -> None:
     variant = _PUBLISHED_VARIANTS.get(published)
     if variant is None:
-        raise CheckpointError(
-            f"{uri}: is the published {published}, which is no detector", hint="give rf-detr-*.pth of a detector"
-        )
+        raise other_kind(uri, "segmentation" if "-seg-" in published else "keypoint")
     wanted = VARIANTS[variant]
     if any(getattr(model, name) != wanted[name] for name in _DECISIVE):
         raise CheckpointError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rfdetr_core.config import ENCODERS, VARIANTS, ModelConfig
 from rfdetr_core.errors import CheckpointError
-from rfdetr_core.models.file_form import AGAIN
+from rfdetr_core.models.file_form import AGAIN, kind_of_keys, other_kind
 from rfdetr_core.models.inert_pickle import Plain, kind_of, load_inert, shape_text, shown
 
 ENCODER = "backbone.0.encoder.encoder."
@@ -31,15 +31,14 @@ _NAME_PARTS = (
 )
 _LOSSES = ("ia_bce_loss", "use_position_supervised_loss", "use_varifocal_loss")
 """Classification losses: the first that is true is used (spec 6.3), and the first is true by default."""
-_FROM_ARGS = {
+_ARCHITECTURE = {
     *("encoder", "hidden_dim", "patch_size", "num_windows", "out_feature_indexes", "projector_scale", "dec_layers"),
     *("sa_nheads", "ca_nheads", "dec_n_points", "dim_feedforward", "resolution", "positional_encoding_size"),
     *("num_queries", "num_select", "group_detr", "num_channels", "two_stage", "bbox_reparam"),
-    *("lite_refpoint_refine", "layer_norm", "segmentation_head", "mask_downsample_ratio"),
-    *("num_decoder_registers", "sum_group_losses", *_LOSSES),
+    *("lite_refpoint_refine", "layer_norm", "segmentation_head", "num_decoder_registers"),
+    *("sum_group_losses", *_LOSSES),
 }
-"""What shapes the network and its loss; further fields of old `args` say how somebody trained."""
-_NOT_RESTORED = {"variant", "device", "pretrain_weights", "requested_resolution", "backbone_lora", "num_classes"}
+"""What shapes the network and its loss; further fields say how, and on which machine, somebody trained."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class WeightFile:
     md5: str
     notes: tuple[str, ...] = ()
     """What a reader should know: one sentence each."""
+    format_version: Any = None
+    """Of a file of ours; None if another program wrote it."""
 
     @property
     def num_classes(self) -> int:
@@ -100,6 +101,7 @@ def read_weight_file(path: Path) -> WeightFile:
         stubs=tuple(shown(name) for name in stubs),
         md5=md5,
         notes=tuple(_notes(content)),
+        format_version=content.get("format_version"),
     )
 
 
@@ -215,8 +217,10 @@ def variant_of(file: WeightFile, name: str | None = None) -> str | None:
         A key of VARIANTS; or the published name of a kind that this package does not build, such as seg-nano;
         or None.
     """
-    named = _named_variant(file, name or file.path.name)
-    if named is not None and (named not in VARIANTS or _resembles(file, named)):
+    if (stated_variant := _stated_variant(file)) is not None:
+        return stated_variant
+    named = _variant_in(file.args.get("pretrain_weights"), name or file.path.name)
+    if named in VARIANTS and _resembles(file, named):
         return named
     alike = [variant for variant in VARIANTS if _resembles(file, variant)]
     if len(alike) > 1:  # medium and large differ in resolution alone
@@ -224,7 +228,8 @@ def variant_of(file: WeightFile, name: str | None = None) -> str | None:
     return alike[0] if len(alike) == 1 else named
 
 
-def _named_variant(file: WeightFile, name: str) -> str | None:
+def _stated_variant(file: WeightFile) -> str | None:
+    """What our own architecture section says, or the name of the class."""
     own = file.model_config.get("variant")
     if isinstance(own, str) and own in VARIANTS:
         return own
@@ -232,12 +237,12 @@ def _named_variant(file: WeightFile, name: str) -> str | None:
         words = re.sub(r"(?<=[a-z])(?=[A-Z0-9])", "-", file.model_name.removeprefix("RFDETR")).lower()
         if words in _NAME_PARTS:
             return words
-    for text in (file.args.get("pretrain_weights"), name):
-        if isinstance(text, str):
-            for part in _NAME_PARTS:
-                if part in text:
-                    return part
     return None
+
+
+def _variant_in(*texts: Any) -> str | None:
+    """The first variant, built or not, that is part of a name."""
+    return next((part for text in texts if isinstance(text, str) for part in _NAME_PARTS if part in text), None)
 
 
 def _resembles(file: WeightFile, variant: str) -> bool:
@@ -251,17 +256,41 @@ def _grid(file: WeightFile) -> int | None:
     return side
 
 
+def refuse_other_kinds(file: WeightFile) -> None:
+    """Refuse weights of a kind of model that is not built, whatever else may be wrong with them.
+
+    Raises:
+        CheckpointError: a segmentation or keypoint model, by its tensors, its flag or its class.
+    """
+    kind, name = kind_of_keys(file.state), _stated_variant(file) or ""
+    if stated(file).get("segmentation_head") is True or name.startswith("seg-"):
+        kind = "segmentation"
+    elif name.startswith("keypoint-"):
+        kind = "keypoint"
+    if kind is not None:
+        raise other_kind(str(file.path), kind)
+
+
+def stated(file: WeightFile) -> dict[str, Any]:
+    """What the metadata says of the architecture: `model_config`, and `args` where it says nothing; None says nothing.
+
+    Values are as the file has them, of any type.
+    """
+    return {
+        key: value
+        for source in (file.args, file.model_config)
+        for key, value in source.items()
+        if key in _ARCHITECTURE and value is not None
+    }
+
+
 def architecture_of(file: WeightFile) -> dict[str, Any]:
     """The fields of ModelConfig that the file determines; `variant` is `variant_of`'s to say.
 
-    They are the file's own `model_config`, else the architecture among its `args`; shapes of tensors go first.
-    `device`, `pretrain_weights` and `variant` are never among them.
+    They are what the file states; shapes of tensors go first. `num_select` is at most what there is to select from
+    (spec 5).
     """
-    said = {
-        key: value
-        for key, value in file.model_config.items()
-        if key in ModelConfig.model_fields and key not in _NOT_RESTORED and value is not None
-    } or {key: value for key, value in file.args.items() if key in _FROM_ARGS and value is not None}
+    said = stated(file)
     used = next((name for name in _LOSSES if said.get(name, name == _LOSSES[0])), None)
     found = said | {name: False for name in _LOSSES if name in said and name != used} | _from_shapes(file.state)
     groups, queries = found.get("group_detr"), file.state.get("refpoint_embed.weight")
@@ -269,6 +298,9 @@ def architecture_of(file: WeightFile) -> dict[str, Any]:
         rows = queries.shape[0]
         if rows and rows % groups == 0:
             found["num_queries"] = rows // groups
+    select, queries_of_one = found.get("num_select"), found.get("num_queries")
+    if isinstance(select, int) and isinstance(queries_of_one, int) and queries_of_one > 0:
+        found["num_select"] = min(select, queries_of_one * (file.num_classes + 1))
     return found | {"num_classes": file.num_classes}
 
 

@@ -7,6 +7,7 @@ all at once.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfdetr_core.config import ModelConfig
+from rfdetr_core.config import VARIANTS, ModelConfig
 from rfdetr_core.errors import CheckpointError, ConfigError
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.inert_pickle import shape_text, shown
+from rfdetr_core.models.published import PUBLISHED
 from rfdetr_core.models.vit import resize_table
 from rfdetr_core.models.weight_file import (
     DECODER_LAYERS,
@@ -26,12 +28,23 @@ from rfdetr_core.models.weight_file import (
     PATCHES,
     POSITIONS,
     WeightFile,
+    architecture_of,
+    refuse_other_kinds,
+    stated,
     variant_of,
 )
 
 KEYPOINT_MASK = "_kp_active_mask"
 QUERY_TABLES = ("refpoint_embed.weight", "query_feat.weight")
 _HEADS = ("class_embed.", "transformer.enc_out_class_embed.")
+_MACHINE = {"compile", "cuda_graphs", "fused_optimizer", "device"}
+"""Fields of ModelConfig that suit the machine of a training, and say nothing of its weights."""
+_SAME_TENSORS = {
+    *("encoder", "num_windows", "out_feature_indexes", "projector_scale", "sa_nheads", "ca_nheads", "dec_n_points"),
+    *("two_stage", "bbox_reparam", "lite_refpoint_refine", "layer_norm", "num_decoder_registers"),
+}
+"""Fields that make another network of the same tensors, or of most of them: no shape tells that they differ."""
+_PUBLISHED_MD5 = {file.md5 for file in PUBLISHED.values()}
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ def build_trained(content: dict[str, Any], path: Path, *, sha256: str) -> Traine
         CheckpointError: its weights do not fit the architecture that it names.
     """
     try:
-        config = ModelConfig.parse(content["model_config"])
+        config = ModelConfig.parse({k: v for k, v in content["model_config"].items() if k not in _MACHINE})
         module = RFDETR(config)
         module.load_state_dict(content["model"])
         if (broken := next((k for k, v in module.state_dict().items() if not v.isfinite().all()), None)) is not None:
@@ -64,7 +77,7 @@ def build_trained(content: dict[str, Any], path: Path, *, sha256: str) -> Traine
         trained = TrainedModel(module.eval(), config, names, str(content["source"]), int(content["epoch"]), sha256)
     except KeyError as error:
         raise CheckpointError(f"{path}: not the weights of a detector: no {error}", hint="train again") from error
-    except (RuntimeError, TypeError, ValueError, ConfigError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError, ConfigError) as error:
         reason = " ".join(str(error).split())[:200]  # torch lists every key that does not fit
         raise CheckpointError(f"{path}: not the weights of a detector: {reason}", hint="train again") from error
     return trained
@@ -98,6 +111,8 @@ class LoadReport:
     """Query tables."""
     sliced_flat: bool
     """The tables were cut regardless of groups, since the file does not say how many it has."""
+    differing: tuple[str, ...]
+    """Architecture in which the model differs from what the file states, as it was asked to."""
     dropped: tuple[str, ...]
     """Of the file; on purpose."""
     missing: tuple[str, ...]
@@ -122,6 +137,7 @@ class LoadReport:
         for change in self.sliced:
             how = ", regardless of groups: the file does not say how many it has" if self.sliced_flat else ""
             lines.append(f"weights: {change.key} cut from {change.before[0]} to {change.after[0]} queries{how}")
+        lines += [f"weights: {difference}, as asked for" for difference in self.differing]
         if self.variant not in (None, self.model_variant):
             lines.append(f"weights: the file is {self.variant}, and the model {self.model_variant}")
         if self.missing:
@@ -197,8 +213,8 @@ class _Fitting:
     dropped: list[str] = field(default_factory=list)
 
     def said(self, name: str) -> Any:
-        """What the file says about its architecture."""
-        return self.file.args.get(name, self.file.model_config.get(name))
+        """What the file states about its architecture; None if nothing."""
+        return stated(self.file).get(name)
 
     def replace(self, key: str, tensor: Tensor) -> Change:
         change = Change(key, tuple(self.state[key].shape), tuple(tensor.shape))
@@ -215,14 +231,18 @@ def load_pretrained(model: RFDETR, file: WeightFile) -> LoadReport:
     The class heads, the query tables and the positional table may have other sizes in the file; growing the
     query tables may not. The model is changed only when everything fits.
 
+    An architecture that the file states is the model's, unless the model has been given another one than its
+    variant's: that is a warning.
+
     Raises:
-        CheckpointError: weights of another kind of model or of another architecture; the key and both shapes
-            are named.
+        CheckpointError: weights of another kind of model or of another architecture; the key and both shapes, or
+            the field and both values, are named.
     """
     target = model.state_dict()
     fitting = _Fitting(model.config, file, target, dict(file.state))
-    _refuse_other_kinds(fitting)
+    refuse_other_kinds(file)
     _refuse_other_patches(fitting)
+    differing = _differing(fitting)
     _fit_heads(fitting)
     _fit_queries(fitting)
     _fit_positions(fitting)
@@ -235,6 +255,10 @@ def load_pretrained(model: RFDETR, file: WeightFile) -> LoadReport:
     given = {target[key].data_ptr() for key in taken if target[key].numel()}
     missing = [key for key in target if key not in taken and target[key].data_ptr() not in given]
     model.load_state_dict(taken, strict=False)
+    if differing:
+        warnings.warn(
+            f"{file.path.name} was trained as another network: {'; '.join(differing)}", UserWarning, stacklevel=2
+        )
     return LoadReport(
         file=file.path.name,
         md5=file.md5,
@@ -245,21 +269,13 @@ def load_pretrained(model: RFDETR, file: WeightFile) -> LoadReport:
         resized=tuple(fitting.resized),
         sliced=tuple(fitting.sliced),
         sliced_flat=fitting.sliced_flat,
+        differing=differing,
         dropped=tuple(fitting.dropped),
         missing=tuple(key for key in missing if key != KEYPOINT_MASK),
         unexpected=tuple(key for key in fitting.state if key not in target),
         stubs=file.stubs,
         notes=file.notes,
     )
-
-
-def _refuse_other_kinds(fitting: _Fitting) -> None:
-    parts = {part for key in fitting.state for part in key.split(".")}
-    hint = "give weights of a detection model"
-    if fitting.said("segmentation_head") is True or "segmentation_head" in parts:
-        raise fitting.refusal("weights of a segmentation model, and a detector was asked for", hint)
-    if any(part.startswith("keypoint") for part in parts):
-        raise fitting.refusal("weights of a keypoint model, and a detector was asked for", hint)
 
 
 def _refuse_other_patches(fitting: _Fitting) -> None:
@@ -272,6 +288,36 @@ def _refuse_other_patches(fitting: _Fitting) -> None:
                 + _variants(fitting),
                 "choose the file's variant, or weights of the model's",
             )
+
+
+def _differing(fitting: _Fitting) -> tuple[str, ...]:
+    """Fields that the file states otherwise, and the user too; those that only the file states are refused.
+
+    What is stated beside published weights is not looked at: they are those of their variant.
+    """
+    file, config = fitting.file, fitting.config
+    if file.md5 in _PUBLISHED_MD5:
+        return ()
+    said, found = stated(file), architecture_of(file)
+    wanted: list[str] = []
+    refused: list[str] = []
+    for name in sorted(said.keys() & _SAME_TENSORS):
+        theirs, ours = found[name], getattr(config, name)
+        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+        if theirs != ours:
+            usual = VARIANTS[config.variant].get(name, ModelConfig.model_fields[name].default)
+            difference = f"{name} is {_text(theirs)} in the file and {_text(ours)} in the model"
+            (refused if ours == usual else wanted).append(difference)
+    if refused:
+        raise fitting.refusal(
+            f"is of another architecture: {'; '.join(refused)}{_variants(fitting)}",
+            "set these fields of model as they are in the file, or give other weights",
+        )
+    return tuple(wanted)
+
+
+def _text(value: Any) -> str:
+    return shown(", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
 def _variants(fitting: _Fitting) -> str:

@@ -175,6 +175,37 @@ def test_another_variant_that_only_torch_can_see(run: Run, file: Path) -> None:
     assert "holds the weights of nano (2 decoder layers), the model is pico (1)" in run.error("train")
 
 
+@pytest.mark.parametrize("form", ["model", "state_dict", "bare"])
+def test_a_segmentation_file_is_known_without_torch(run: Run, form: str) -> None:
+    """By the names of its tensors, under whatever name the file goes, before a GPU is asked for."""
+    state = {"class_embed.bias": torch.ones(3), "segmentation_head.spatial_features_proj.bias": torch.ones(3)}
+    content = {
+        "model": {"model": state, "args": {"segmentation_head": True}},
+        "state_dict": {"state_dict": {f"model._orig_mod.{key}": value for key, value in state.items()}},
+        "bare": state,
+    }[form]
+    torch.save(content, run.folder / "mine.pth")
+    assert run.start(run.folder / "mine.pth") == 2
+    assert "mine.pth: holds the weights of a segmentation model, and masks are not built" in run.error(
+        "validate_dataset"
+    )
+
+
+def test_a_segmentation_file_that_only_torch_can_see(run: Run, file: Path) -> None:
+    """In the form before torch 1.6, which is no archive."""
+    state = {**torch.load(file, weights_only=True)["model"], "segmentation_head.bias": torch.ones(1)}
+    torch.save({"model": state}, file, _use_new_zipfile_serialization=False)
+    assert run.start(file) == 0
+    assert run.go_on() == 2
+    assert "start.pth: holds the weights of a segmentation model, and masks are not built" in run.error("train")
+
+
+def test_a_detector_is_none_for_what_is_written_beside_its_tensors(file: Path) -> None:
+    args = {"segmentation_head": False, "notes": "segmentation_head.pth", "keypoint_embed": "model.keypoint_embed"}
+    torch.save({**torch.load(file, weights_only=True), "args": args}, file)
+    assert weights.describe_weights(file, "w", ModelSection.parse({}))["published"] is None
+
+
 def test_a_file_that_is_not_there(run: Run) -> None:
     assert run.start(run.folder / "absent.pth") == 2
     text = run.error("validate_dataset")
@@ -248,9 +279,12 @@ class TestPublished:
         path = publish("rf-detr-medium.pth")
         assert weights.describe_weights(path, "w", ModelSection.parse({"variant": "large"}))["published"]
 
-    def test_no_detector(self, publish: Any) -> None:
-        path = publish("rf-detr-seg-nano.pt")
-        with pytest.raises(CheckpointError, match=r"is the published rf-detr-seg-nano\.pt, which is no detector"):
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("rf-detr-seg-nano.pt", "segmentation"), ("rf-detr-keypoint-preview-xlarge.pth", "keypoint")]
+    )
+    def test_no_detector(self, publish: Any, name: str, kind: str) -> None:
+        path = publish(name)
+        with pytest.raises(CheckpointError, match=f"holds the weights of a {kind} model, and .* are not built"):
             weights.describe_weights(path, "w", ModelSection.parse({}))
 
     def test_every_published_file_is_a_variant_or_no_detector(self) -> None:

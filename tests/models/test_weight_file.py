@@ -491,6 +491,7 @@ def published(variant: str) -> dict[str, Tensor]:
         ("rf-detr-keypoint-preview-xlarge.pth", {}, "keypoint-preview"),
         ("rf-detr-xlarge.pth", {}, "xlarge"),
         ("nano.pth", {"model_config": {"variant": "pico"}, "model_name": "RFDETRSmall"}, "pico"),
+        ("rf-detr-seg-nano.pt", {"model_name": "RFDETRNano"}, "nano"),
         ("checkpoint_best_total.pth", {}, None),
     ],
 )
@@ -517,6 +518,17 @@ def test_the_variant_by_shapes(variant: str) -> None:
 )
 def test_shapes_go_before_a_name_that_contradicts_them(variant: str, path: str) -> None:
     assert variant_of(described(published(variant), path)) == variant
+
+
+def test_the_class_goes_before_the_shapes() -> None:
+    """A small detector that was trained with other depths is small all the same."""
+    file = described(published("nano"), "nano.pth", model_name="RFDETRSmall", model_config={"dec_layers": 2})
+    assert variant_of(file) == "small"
+    assert architecture_of(file)["dec_layers"] == 2
+
+
+def test_shapes_go_before_the_name_of_a_kind_that_is_not_built() -> None:
+    assert variant_of(described(published("nano"), "house-seg-small.pth")) == "nano"
 
 
 def test_a_name_decides_between_variants_of_one_shape() -> None:
@@ -568,13 +580,46 @@ def test_flags_by_shapes(flags: dict[str, Any]) -> None:
 
 def test_the_architecture_that_a_file_names() -> None:
     given = ModelConfig(variant="small", num_classes=2, device="cuda", pretrain_weights="x.pth").model_dump()
-    config = {**given, "amp": True, "num_select": None, "num_windows": 4, "backbone_lora": True}
-    found = architecture_of(described(published("nano"), model_config=config, args={"num_windows": 1}))
-    assert found["num_windows"] == 4
+    config = {**given, "amp": True, "num_select": None, "num_windows": 4, "backbone_lora": True, "sa_nheads": None}
+    args = {"num_windows": 1, "sa_nheads": 16, "ca_nheads": None}
+    found = architecture_of(described(published("nano"), model_config=config, args=args))
+    assert (found["num_windows"], found["sa_nheads"], found["ca_nheads"]) == (4, 16, 16)
     assert found["num_classes"] == 90  # of the class head
     assert found["dec_layers"] == 2  # of the tensors
     assert not found.keys() & {"device", "pretrain_weights", "variant", "amp", "num_select", "backbone_lora"}
     assert ModelConfig(**{"variant": "nano", **found, "resolution": 384}).num_windows == 4
+
+
+@pytest.mark.parametrize("source", ["args", "model_config"])
+def test_settings_of_a_training_and_its_machine_are_not_the_files(source: str) -> None:
+    settings = {
+        "compile": True,
+        "cuda_graphs": True,
+        "fused_optimizer": False,
+        "device": "cuda",
+        "amp": False,
+        "gradient_checkpointing": True,
+        "freeze_encoder": True,
+        "backbone_lora": True,
+        "pretrain_weights": "x.pth",
+        "mask_downsample_ratio": 2,
+        "drop_path": 0.1,
+        "requested_resolution": 378,
+        "num_windows": 4,
+    }
+    found = architecture_of(described(published("nano"), **{source: settings}))
+    assert found.keys() & settings.keys() == {"num_windows"}
+
+
+@pytest.mark.parametrize(("select", "selects"), [(300, 100), (100, 100), (99, 99)])
+def test_no_more_is_selected_than_there_is(select: int, selects: int) -> None:
+    """A fine-tuned model of one class and fifty queries, whose num_select stayed at upstream's default."""
+    with torch.device("meta"):
+        model = RFDETR(ModelConfig(variant="nano", num_queries=50, num_classes=1))
+    file = described(model.state_dict(), model_config={"num_queries": 50, "num_select": select})
+    found = architecture_of(file)
+    assert found["num_select"] == selects
+    assert ModelConfig(**found, variant="nano").num_select == selects
 
 
 def test_the_architecture_of_old_arguments() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.models.detector import RFDETR
+from rfdetr_core.models.published import PUBLISHED
 from rfdetr_core.models.weight_file import PATCHES, POSITIONS, WeightFile, read_weight_file
 from rfdetr_core.models.weights import (
     LoadReport,
@@ -197,6 +198,13 @@ def test_queries_are_cut_per_group(known: tuple[str, ...], source: str) -> None:
     assert {key.split(".")[2] for key in report.unexpected} == {"2"}
 
 
+def test_an_argument_that_says_nothing_hides_nothing() -> None:
+    detector = model(num_queries=2, group_detr=2)
+    file = weight_file(args={"num_queries": None, "patch_size": None}, model_config={"num_queries": 4, "patch_size": 8})
+    load_pretrained(detector, file)
+    assert torch.equal(detector.state_dict()[REFPOINTS], pico_state()[REFPOINTS][[0, 1, 4, 5]])
+
+
 @pytest.mark.parametrize("args", [{}, {"num_queries": 5}, {"num_queries": "4"}, {"num_queries": 4, "group_detr": 13}])
 def test_queries_are_cut_flat_where_the_file_does_not_say_its_groups(args: dict[str, Any]) -> None:
     detector = model(num_queries=2)
@@ -321,10 +329,17 @@ REFUSED: list[tuple[str, dict[str, Tensor], dict[str, Any], str]] = [
     ("head", {"transformer.enc_out_class_embed.1.bias": torch.ones(9)}, {}, r"enc_out_class_embed\.1\.bias is 9"),
     ("kernel", {PATCHES: torch.ones(128, 3, 14, 14)}, {}, "on patches of 14 pixels, and the model has patches of 8"),
     ("args", {}, {"args": {"patch_size": 14}}, "trained on patches of 14 pixels"),
-    ("flag", {}, {"args": {"segmentation_head": True}}, "weights of a segmentation model, and a detector"),
-    ("config", {}, {"model_config": {"segmentation_head": True}}, "weights of a segmentation model, and a detector"),
-    ("masks", {"segmentation_head.bias": torch.ones(1)}, {}, "weights of a segmentation model, and a detector"),
-    ("keypoints", {"keypoint_embed.layers.0.bias": torch.ones(1)}, {}, "weights of a keypoint model"),
+    ("flag", {}, {"args": {"segmentation_head": True}}, "weights of a segmentation model, and masks are not built"),
+    ("config", {}, {"model_config": {"segmentation_head": True}}, "weights of a segmentation model, and masks"),
+    ("class", {}, {"model_name": "RFDETRSegNano"}, "weights of a segmentation model, and masks are not built"),
+    ("masks", {"segmentation_head.bias": torch.ones(1)}, {}, "weights of a segmentation model, and masks are not"),
+    ("keypoints", {"keypoint_embed.layers.0.bias": torch.ones(1)}, {}, "weights of a keypoint model, and keypoints"),
+    ("pose", {}, {"model_name": "RFDETRKeypointPreview"}, "weights of a keypoint model, and keypoints are not built"),
+    ("windows", {}, {"model_config": {"num_windows": 1}}, "another architecture: num_windows is 1 in the file and 2"),
+    ("old windows", {}, {"args": {"num_windows": 1}}, "another architecture: num_windows is 1 in the file and 2"),
+    ("several", {}, {"args": {"sa_nheads": 8, "bbox_reparam": False}},
+     "bbox_reparam is False in the file and True in the model; sa_nheads is 8 in the file and 4 in"),
+    ("depths", {}, {"args": {"out_feature_indexes": [2, 3, 5, 6]}}, "is 2, 3, 5, 6 in the file and 1, 3, 5, 6"),
 ]  # fmt: skip
 
 
@@ -340,6 +355,73 @@ def test_a_refusal_is_one_line_and_leaves_the_model_alone(
         load_pretrained(detector, weight_file(changed(**tensors), **fields))
     assert str(caught.value).startswith("weights.pth: ") and "\n" not in str(caught.value) and caught.value.hint
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+
+# Another network of the same tensors
+
+NETWORKS: list[dict[str, Any]] = [
+    {"encoder": "dinov2_windowed_small"},
+    {"num_windows": 1},
+    {"out_feature_indexes": (2, 3, 5, 6)},
+    {"projector_scale": ("P3",)},
+    {"sa_nheads": 8},
+    {"ca_nheads": 4},
+    {"dec_n_points": 4},
+    {"two_stage": False},
+    {"bbox_reparam": False},
+    {"lite_refpoint_refine": False},
+    {"layer_norm": False},
+    {"num_decoder_registers": 2},
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: next(iter(network)))
+def test_what_the_file_says_of_its_network_is_compared(network: dict[str, Any]) -> None:
+    buildable = {name: value for name, value in network.items() if name != "num_decoder_registers"}
+    state = model(**buildable).state_dict()
+    stated = {name: list(value) if isinstance(value, tuple) else value for name, value in network.items()}
+    with pytest.raises(
+        CheckpointError, match=f"is of another architecture: {next(iter(network))} is .* in the file and"
+    ):
+        load_pretrained(model(), weight_file(state, model_config=stated))
+
+
+def test_tensors_that_contradict_what_is_said_are_believed() -> None:
+    """The names of the tensors tell whether references come from the encoder."""
+    assert load_pretrained(model(), weight_file(args={"two_stage": False})).differing == ()
+
+
+@pytest.mark.parametrize("network", [{"num_windows": 1}, {"bbox_reparam": False}, {"sa_nheads": 8}], ids=str)
+def test_a_network_that_the_file_was_trained_as_is_loaded(network: dict[str, Any]) -> None:
+    detector = model(**network)
+    report = load_pretrained(detector, weight_file(model_config=network))
+    assert report.differing == () and report.missing == ()
+
+
+@pytest.mark.parametrize("stated", [{"num_windows": 2}, {"num_windows": None}, {"resolution": 32}, {"num_select": 3}])
+def test_what_is_equal_not_said_or_harmless_is_no_difference(stated: dict[str, Any]) -> None:
+    assert load_pretrained(model(), weight_file(args=stated)).differing == ()
+
+
+def test_another_network_on_purpose_is_a_warning() -> None:
+    """The user has said num_windows, too, and of the variant's own value nobody can tell."""
+    detector = model(num_windows=1, sa_nheads=8)
+    file = weight_file(model_config={"num_windows": 2, "sa_nheads": 4})
+    with pytest.warns(
+        UserWarning, match=r"weights\.pth was trained as another network: num_windows is 2 in the file and 1"
+    ):
+        report = load_pretrained(detector, file)
+    assert report.differing == (
+        "num_windows is 2 in the file and 1 in the model",
+        "sa_nheads is 4 in the file and 8 in the model",
+    )
+    assert "weights: num_windows is 2 in the file and 1 in the model, as asked for" in said(report)
+    assert_loaded(detector)
+
+
+def test_published_weights_are_their_variants_whatever_is_said_beside_them() -> None:
+    md5 = PUBLISHED["rf-detr-nano.pth"].md5
+    assert load_pretrained(model(), weight_file(args={"num_windows": 4}, md5=md5)).differing == ()
 
 
 def test_the_variants_are_named() -> None:

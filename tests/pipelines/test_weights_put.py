@@ -73,12 +73,23 @@ def test_a_file_that_is_none_is_not_put(tmp_path: Path) -> None:
     assert location(str(tmp_path / "store")).list_files() == []
 
 
-def test_weights_of_a_segmentation_model_are_not_put(weights: Path, tmp_path: Path) -> None:
-    torch.save({"model": read_weight_file(weights).state, "model_name": "RFDETRSegNano"}, tmp_path / "seg.pth")
-    code, lines = put(tmp_path / "seg.pth", tmp_path, str(tmp_path / "store"))
+@pytest.mark.parametrize("told_by", ["class", "tensors"])
+def test_weights_of_a_segmentation_model_are_not_put(weights: Path, tmp_path: Path, told_by: str) -> None:
+    state, name = read_weight_file(weights).state, "RFDETRSegNano"
+    if told_by == "tensors":  # of a file without any name
+        state, name = {**state, "segmentation_head.bias": torch.ones(1)}, ""
+    torch.save({"model": state, "model_name": name}, tmp_path / "w.pth")
+    code, lines = put(tmp_path / "w.pth", tmp_path, str(tmp_path / "store"))
     assert code == 2
-    assert len(lines) == 1 and "seg.pth: holds weights of the kind seg-nano" in lines[0]
+    assert len(lines) == 1 and "w.pth: holds the weights of a segmentation model, and masks are not built" in lines[0]
     assert location(str(tmp_path / "store")).list_files() == []
+
+
+def test_weights_of_a_size_that_is_not_built_are_not_put(weights: Path, tmp_path: Path) -> None:
+    torch.save({"model": read_weight_file(weights).state, "model_name": "RFDETR2XLarge"}, tmp_path / "w.pth")
+    code, lines = put(tmp_path / "w.pth", tmp_path, str(tmp_path / "store"))
+    assert code == 2
+    assert len(lines) == 1 and "w.pth: holds weights of the kind 2xlarge" in lines[0]
 
 
 def test_a_users_own_file_under_a_published_name_is_remarked_on_in_one_line(weights: Path, tmp_path: Path) -> None:
