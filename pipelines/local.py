@@ -25,15 +25,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from components.images import STAGES
 from components.runtime import RUN_ID
+from pipelines.containers.engine import Containers, container_engine, container_exits, stage_settings
 from pipelines.s3_server import LocalS3Server
 from rfdetr_core.errors import ConfigError, RFDETRError
 from rfdetr_core.storage import Location, location
 
 RUNS = Path("runs")
 BUCKET = "rfdetr"
-STAGES = ("validate_dataset", "probe_batch_size", "train", "evaluate", "export_onnx", "promote")
 FOLDERS = dict(zip(STAGES, ("dataset", "probe", "train", "evaluate", "export", "promote"), strict=True))
+KILLED = 137
 GRACE_SECONDS = 60.0  # a stage that is told to stop may finish its optimizer step and store a checkpoint
 
 
@@ -73,6 +75,7 @@ def run_locally(
     root: str | None = None,
     runs: Path = RUNS,
     verbose: bool = False,
+    containers: Containers | None = None,
 ) -> RunOutcome:
     """Run the whole DAG; returns when it has ended, whichever way.
 
@@ -80,28 +83,48 @@ def run_locally(
         root: the store, an s3:// prefix or a folder; by default an S3 server is started over `runs`/s3.
         runs: everything this leaves on the machine lies below this folder.
         verbose: print kfp's own words too; they are in runs/kfp/<run-id>/kfp.log in any case.
+        containers: run every stage in its own image, this way; by default stages are processes.
 
     Raises:
-        ConfigError: a run id that is none.
+        ConfigError: a run id that is none, or a store that containers do not reach.
+        UserError: no container engine, or no image of a stage.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after all that was started has ended.
     """
     if not RUN_ID.fullmatch(run_id):
         raise ConfigError(f"--run-id: {run_id!r} is not allowed", hint="a-z, 0-9 and -, at most 63, such as nightly-7")
     runs.mkdir(parents=True, exist_ok=True)
+    if containers and root is not None and location(root).local_path is not None:
+        raise ConfigError(
+            f"--root: {root} is a folder, which containers do not share", hint="give an s3:// prefix, or no --root"
+        )
     started = time.monotonic()
-    with _store(root, runs) as (base, environment, folder):
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(container_engine()) if containers else None
+        images = engine.images() if engine else {}
+        base, environment, folder = stack.enter_context(_store(root, runs))
         run_uri = f"{base}/runs/{run_id}"
-        attempt = secrets.token_hex(8)
+        attempt, begun = secrets.token_hex(8), datetime.now(UTC)
         environment = {
             **os.environ,
             **environment,
             "RFDETR_ATTEMPT": attempt,
             "RFDETR_CACHE": str((runs / "cache").absolute()),
         }
-        arguments = {"root": base, "config": config, "overrides": dict(overrides), "run_id": run_id}
-        code = _run_worker(arguments, environment, runs / "kfp" / run_id, verbose=verbose)
+        request: dict[str, Any] = {
+            "arguments": {"root": base, "config": config, "overrides": dict(overrides), "run_id": run_id},
+            "containers": None,
+        }
+        workplace = runs / "kfp" / run_id
+        exits = workplace / f"containers-{attempt}.jsonl"
+        if engine and containers:
+            stack.callback(engine.remove, attempt)  # what a worker that was killed could not
+            environment |= engine.environment
+            settings = stage_settings(containers, images, environment, attempt)
+            request["containers"] = {**settings, "exits": str(exits.absolute())}
+        code = _run_worker(request, environment, workplace, verbose=verbose)
         with _environment(environment):
-            stages = _outcomes(location(run_uri), folder / run_id if folder else None, attempt)
+            left = folder / run_id if folder else None
+            stages = _outcomes(location(run_uri), left, attempt, begun, container_exits(exits))
     failed = [stage for stage in stages if stage.exit_code not in (0, None)]
     exit_code = failed[0].exit_code if failed else code and RFDETRError.exit_code
     return RunOutcome(
@@ -121,17 +144,20 @@ def _store(root: str | None, runs: Path) -> Iterator[tuple[str, dict[str, str], 
         yield f"s3://{BUCKET}", environment, (runs / "s3" / BUCKET / "runs")
 
 
-def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline_root: Path, *, verbose: bool) -> int:
+def _run_worker(request: dict[str, Any], environment: dict[str, str], workplace: Path, *, verbose: bool) -> int:
     """Run pipelines.worker in a process group of its own; end the whole group on Ctrl-C and SIGTERM."""
-    pipeline_root.mkdir(parents=True, exist_ok=True)
+    workplace.mkdir(parents=True, exist_ok=True)
+    pipeline_root = workplace
+    if request["containers"]:
+        # Stages write here as another user; nobody else on this machine can pass the folder above.
+        workplace.chmod(0o700)
+        pipeline_root = workplace / "artifacts"
+        pipeline_root.mkdir(exist_ok=True)
+        pipeline_root.chmod(0o777)
     with tempfile.TemporaryDirectory(prefix="rfdetr-kfp-", ignore_cleanup_errors=True) as scratch:
         workspace = Path(scratch) / "workspace"
         workspace.mkdir()
-        request = {
-            "arguments": arguments,
-            "pipeline_root": str(pipeline_root.absolute()),
-            "workspace_root": str(workspace),
-        }
+        request = {**request, "pipeline_root": str(pipeline_root.absolute()), "workspace_root": str(workspace)}
         worker = subprocess.Popen(
             [sys.executable, "-m", "pipelines.worker", json.dumps(request)],
             env={**environment, "TMPDIR": scratch, "PYTHONUNBUFFERED": "1"},
@@ -143,7 +169,7 @@ def _run_worker(arguments: dict[str, Any], environment: dict[str, str], pipeline
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             assert worker.stdout is not None
-            with (pipeline_root / "kfp.log").open("w") as log:
+            with (workplace / "kfp.log").open("w") as log:
                 for line in worker.stdout:
                     log.write(line)
                     if verbose or _is_for_people(line):
@@ -195,19 +221,35 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _outcomes(run: Location, folder: Path | None, attempt: str) -> tuple[StageOutcome, ...]:
-    """What each stage of this attempt left; a stage that this attempt did not reach is "not started"."""
+def _outcomes(
+    run: Location, folder: Path | None, attempt: str, begun: datetime, exits: Mapping[str, Mapping[str, Any]]
+) -> tuple[StageOutcome, ...]:
+    """What each stage of this attempt left; a stage that this attempt did not reach is "not started".
+
+    A stage that was killed could not say so: it is "running", since this attempt began.
+
+    Args:
+        exits: how containers ended, of stages that ran in one.
+    """
     rows = []
     for stage in STAGES:
         place = run / "status" / f"{stage}.json"
         status = place.read_json() if place.exists() else {}
-        if status.get("attempt") != attempt:
-            rows.append(StageOutcome(stage, "not started", None, None, "", ""))
-            continue
-        error = status.get("error") or {}
-        text = error.get("message", "") + (f" ({error['hint']})" if error.get("hint") else "")
-        result = folder / FOLDERS[stage] if folder else f"{run.uri}/{FOLDERS[stage]}"
-        rows.append(
-            StageOutcome(stage, status["state"], status.get("seconds"), status.get("exit_code"), text, str(result))
-        )
+        ended = exits.get(stage, {})
+        result = str(folder / FOLDERS[stage] if folder else f"{run.uri}/{FOLDERS[stage]}")
+        killed = status.get("state") == "running" and status["started"] >= begun.isoformat(timespec="seconds")
+        if status.get("attempt") != attempt and not killed:
+            code = ended.get("exit_code") or None
+            text = f"its container ended with exit code {code} before the stage began" if code else ""
+            rows.append(StageOutcome(stage, "failed" if code else "not started", None, code, text, ""))
+        elif killed:
+            reason = "out of memory" if ended.get("out_of_memory") else "it could not say why, perhaps out of memory"
+            text = f"killed: {reason} (the same command with this --run-id continues)"
+            rows.append(StageOutcome(stage, "killed", None, KILLED, text, result))
+        else:
+            error = status.get("error") or {}
+            text = error.get("message", "") + (f" ({error['hint']})" if error.get("hint") else "")
+            rows.append(
+                StageOutcome(stage, status["state"], status.get("seconds"), status.get("exit_code"), text, result)
+            )
     return tuple(rows)

@@ -10,14 +10,13 @@ import http.client
 import os
 import re
 import secrets
-import signal
 import subprocess
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
 
+from pipelines.bound import bound_to_parent
 from rfdetr_core.errors import StorageAccessError
 from rfdetr_core.storage.local import local_errors
 
@@ -25,17 +24,6 @@ START_SECONDS = 20.0
 STOP_SECONDS = 5.0
 
 _LISTENING = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/\]")
-
-# The kernel stops the server with the thread that started it, however that ends. Set by a program that then
-# becomes rclone: doing it between fork and exec inside this process can deadlock a threaded parent.
-_EXEC_BOUND_TO_PARENT = f"""
-import ctypes, os, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, {int(signal.SIGTERM)})
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class LocalS3Server:
@@ -103,12 +91,10 @@ class LocalS3Server:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RCLONE_")}
         environment["RCLONE_AUTH_KEY"] = f'"{self._key},{self._secret}"'
         command = [str(rclone), "serve", "s3", "--addr", "127.0.0.1:0", "--config", "", str(self.folder)]
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-c", _EXEC_BOUND_TO_PARENT, str(os.getpid()), *command]
         with local_errors("write", self.log), self.log.open("wb") as log:
             # In a session of its own: Ctrl-C reaches the pipeline, which may still have something to store.
             self._process = subprocess.Popen(
-                command,
+                bound_to_parent(command),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -45,11 +45,11 @@ def build_images(
     tool: Tool,
     *,
     base: str = DEFAULT_BASE,
-    root: Path = ROOT,
+    out: Path = ROOT / "build",
     stages: tuple[str, ...] = STAGES,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Build all targets; `say` gets a line for each.
+    """Build all targets; `say` gets a line for each, and `out` logs and bills of materials.
 
     Raises:
         UserError: no such base image, a full disk, a step that failed, or an image over its limit.
@@ -57,7 +57,7 @@ def build_images(
     _need_base(tool, base)
     made = []
     for stage in stages:
-        made.append(build_image(tool, stage, base=base, root=root))
+        made.append(build_image(tool, stage, base=base, out=out))
         say(made[-1].line())
     too_large = [f"{b.stage} is {b.over / MB:.0f} MB, {LIMITS[b.stage] / MB:.0f} at most" for b in made if _exceeds(b)]
     if too_large:
@@ -66,19 +66,19 @@ def build_images(
         )
 
 
-def build_image(tool: Tool, stage: str, *, base: str, root: Path) -> Built:
+def build_image(tool: Tool, stage: str, *, base: str, out: Path) -> Built:
     """Build the image of one stage, after the one it stands on, and its bill of materials."""
     started = time.monotonic()
-    below = base if stage in SLIM else _torch(tool, base, root)
+    below = base if stage in SLIM else _torch(tool, base, out)
     name = tool.local_name(image(stage))
-    _build(tool, stage.replace("_", "-"), image(stage), base, root)
+    _build(tool, stage.replace("_", "-"), image(stage), base, out)
     described = tool.describe(name)
     layers, lower = described["RootFS"]["Layers"], tool.describe(below)["RootFS"]["Layers"]
     if layers[: len(lower)] != lower:
         raise UserError(f"{name} does not share the layers of {below}", hint="build with the same tool and base image")
     size = tool.size(name)
     built = Built(stage, name, time.monotonic() - started, size, size - tool.size(below))
-    _write_sbom(tool, built, str(described["Id"]), root)
+    _write_sbom(tool, built, str(described["Id"]), out)
     return built
 
 
@@ -86,22 +86,22 @@ def _exceeds(built: Built) -> bool:
     return built.over > LIMITS[built.stage]
 
 
-def _torch(tool: Tool, base: str, root: Path) -> str:
+def _torch(tool: Tool, base: str, out: Path) -> str:
     """The shared lower part of the torch images, with a tag of its own so that nobody prunes it away."""
     name = f"rfdetr-pipeline/torch:{__version__}"
-    _build(tool, "torch", name, base, root)
+    _build(tool, "torch", name, base, out)
     return tool.local_name(name)
 
 
-def _build(tool: Tool, target: str, name: str, base: str, root: Path) -> None:
+def _build(tool: Tool, target: str, name: str, base: str, out: Path) -> None:
     certificates = ca_bundle()
     options = ["--build-arg", f"BASE_IMAGE={base}"]
     options += ["--secret", f"id=ca,src={certificates}"] if certificates else []
-    labels = {"version": __version__, "revision": _revision(root)}
+    labels = {"version": __version__, "revision": _revision(ROOT)}
     options += [f"--label=org.opencontainers.image.{key}={value}" for key, value in labels.items() if value]
-    log = root / "build" / "images" / f"{target}.log"
+    log = out / "images" / f"{target}.log"
     try:
-        tool.build(target, name, options, context=root, log=log)
+        tool.build(target, name, options, context=ROOT, log=log)
     except ToolError as error:
         if error.disk_full:
             raise UserError(
@@ -130,8 +130,8 @@ def _need_base(tool: Tool, base: str) -> None:
     )
 
 
-def _write_sbom(tool: Tool, built: Built, identity: str, root: Path) -> None:
-    path = root / "build" / "sbom" / f"{built.stage.replace('_', '-')}.cdx.json"
+def _write_sbom(tool: Tool, built: Built, identity: str, out: Path) -> None:
+    path = out / "sbom" / f"{built.stage.replace('_', '-')}.cdx.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     document = cyclonedx(image(built.stage), identity, tool.python(built.image, LIST_PACKAGES))
     path.write_text(json.dumps(document, indent=2) + "\n")
