@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rfdetr_core.config import ENCODERS, VARIANTS, ModelConfig
 from rfdetr_core.errors import CheckpointError
+from rfdetr_core.models.adapters import merge_adapters
 from rfdetr_core.models.file_form import AGAIN, kind_of_keys, other_kind
 from rfdetr_core.models.inert_pickle import Plain, kind_of, load_inert, shape_text, shown
 
@@ -88,7 +89,8 @@ def read_weight_file(path: Path) -> WeightFile:
         names = _class_names(args, plain.of(content.get("classes")))
     except RecursionError as error:
         raise CheckpointError(f"{path}: its metadata is nested without end", hint=AGAIN) from error
-    state = _checked(_state(content, path), path)
+    state, adapters = merge_adapters(_checked(_state(content, path), path), path)
+    _require_detector(state, path)
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return WeightFile(
@@ -100,7 +102,7 @@ def read_weight_file(path: Path) -> WeightFile:
         class_names=names,
         stubs=tuple(shown(name) for name in stubs),
         md5=md5,
-        notes=tuple(_notes(content)),
+        notes=tuple(_notes(content, adapters)),
         format_version=content.get("format_version"),
     )
 
@@ -153,7 +155,6 @@ def _checked(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
                 f"{where} has values that are not finite", hint="its training diverged: give other weights"
             )
         checked[key] = value.detach()
-    _require_detector(checked, path)
     return checked
 
 
@@ -165,11 +166,6 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _require_detector(state: dict[str, Tensor], path: Path) -> None:
-    if any(key.startswith("backbone.0.encoder.base_model.") or ".lora_" in key for key in state):
-        raise CheckpointError(
-            f"{path}: holds LoRA adapters that are not merged into the encoder's weights",
-            hint="merge them with the program that trained it, and save the result",
-        )
     weight, bias = state.get("class_embed.weight"), state.get("class_embed.bias")
     if weight is None or bias is None:
         key = "class_embed.weight" if weight is None else "class_embed.bias"
@@ -194,10 +190,11 @@ def _class_names(args: dict[str, Any], classes: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _notes(content: dict[Any, Any]) -> list[str]:
+def _notes(content: dict[Any, Any], adapters: int) -> list[str]:
     used = "model" if "model" in content else "state_dict"
     averaged = [key for key in ("ema_model", "legacy_ema_state_dict") if isinstance(content.get(key), dict)]
-    return [f"the file also holds averaged weights ({key}): they are not used, {used} is" for key in averaged]
+    notes = [f"the file also holds averaged weights ({key}): they are not used, {used} is" for key in averaged]
+    return notes + ([f"LoRA adapters of {adapters} layers were merged into their weights"] if adapters else [])
 
 
 # What the file is

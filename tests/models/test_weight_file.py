@@ -402,16 +402,23 @@ def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
         read({"model": state}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "backbone.0.encoder.base_model.model.encoder.layer.0.attention.attention.query.base_layer.weight",
-        "backbone.0.encoder.encoder.encoder.layer.0.attention.attention.query.lora_A.default.weight",
-    ],
-)
-def test_adapters_that_are_not_merged(key: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="LoRA adapters that are not merged"):
-        read({"model": {**STATE, key: torch.ones(1)}}, tmp_path)
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    """All that is found in a file is under its published name then."""
+    wrapped = "backbone.0.encoder.base_model.model.encoder."
+    layer = "encoder.layer.0.attention.attention.query"
+    state = {key.replace("backbone.0.encoder.encoder.", wrapped): value for key, value in STATE.items()}
+    state |= {
+        f"{wrapped}{layer}.base_layer.weight": torch.eye(3),
+        f"{wrapped}{layer}.base_layer.bias": torch.ones(3),
+        f"{wrapped}{layer}.lora_A.default.weight": torch.ones(16, 3),
+        f"{wrapped}{layer}.lora_B.default.weight": torch.ones(3, 16),
+    }
+    for content in ({"model": state}, {"state_dict": {f"model.{key}": value for key, value in state.items()}}):
+        file = read(content, tmp_path)
+        query = f"backbone.0.encoder.encoder.{layer}"
+        assert file.state.keys() == STATE.keys() | {f"{query}.weight", f"{query}.bias"}
+        assert torch.equal(file.state[f"{query}.weight"], torch.eye(3) + 16)
+        assert file.notes == ("LoRA adapters of 1 layers were merged into their weights",)
 
 
 @pytest.fixture(scope="module")
