@@ -24,10 +24,12 @@ from rfdetr_core import RFDETR, RFDETRNano
 from rfdetr_core.coco_names import COCO_NAMES
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.data.sample import draw_image
+from rfdetr_core.detector_files import write_detector
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.metrics import coco_metrics
+from rfdetr_core.models.weights import TrainedModel
 from rfdetr_core.training import checkpoint
-from rfdetr_core.training.state import keep_best
+from rfdetr_core.training.state import Position, keep_best
 from tests.models import golden
 from tests.training import tiny
 
@@ -48,13 +50,25 @@ def in_peer(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("images")
+def drawn(folder: Path, side: int) -> list[Path]:
     paths = [folder / f"{seed}.png" for seed in range(2)]
     for seed, path in enumerate(paths):
-        draw_image(np.random.default_rng(seed), SIDE, 6)[0].resize((SIDE, SIDE)).save(path)
+        draw_image(np.random.default_rng(seed), side, 6)[0].resize((side, side)).save(path)
     return paths
+
+
+def detections_there(tasks: list[dict[str, Any]], images: list[Path], folder: Path) -> list[Any]:
+    """What the reference package finds; see detect.py."""
+    tasks = [{**task, "images": [*map(str, images)], "threshold": THRESHOLD} for task in tasks]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    in_peer(ROOT / "tests" / "peer" / "detect.py", folder / "tasks.json", folder / "results.json")
+    results: list[Any] = json.loads((folder / "results.json").read_bytes())
+    return results
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return drawn(tmp_path_factory.mktemp("images"), SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +92,8 @@ def _write_best(model: Any, dataset: PreparedDataset, path: Path) -> None:
     job = dataclasses.replace(tiny.job(dataset, path.parent), model=model.config)
     split = dataset.split("valid")
     metrics = coco_metrics(split.table, dataset.class_map, Detections.concatenate([]), max_dets=500)
-    keep_best(job, SimpleNamespace(ema=None, raw_model=model), {}, {"regular": metrics}, 0, lambda _: None)
+    engine, outbox = SimpleNamespace(ema=None, raw_model=model), SimpleNamespace(put=lambda _: None)
+    keep_best(job, engine, Position(seed=0), {"regular": metrics}, 0, outbox)
     (path.parent / checkpoint.BEST_TOTAL).rename(path)
 
 
@@ -87,13 +102,7 @@ def theirs(files: dict[str, Path], images: list[Path], tmp_path_factory: pytest.
     """What the reference package finds, by file and way of loading."""
     folder = tmp_path_factory.mktemp("peer")
     ways = [("ours", "RFDETRNano"), ("ours", "from_checkpoint"), ("custom", "RFDETRNano"), ("coco", "RFDETRNano")]
-    tasks = [
-        {"how": how, "weights": str(files[name]), "images": [*map(str, images)], "threshold": THRESHOLD}
-        for name, how in ways
-    ]
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    in_peer(ROOT / "tests" / "peer" / "detect.py", folder / "tasks.json", folder / "results.json")
-    results = json.loads((folder / "results.json").read_bytes())
+    results = detections_there([{"how": how, "weights": str(files[name])} for name, how in ways], images, folder)
     return {f"{name} by {how}": result for (name, how), result in zip(ways, results, strict=True)}
 
 
@@ -155,6 +164,37 @@ def test_a_published_file_of_coco_loads_here(
     assert_detects_the_same(model, images, expected)
     model.save(tmp_path / "saved.pth")
     assert_detects_the_same(RFDETR.from_checkpoint(tmp_path / "saved.pth"), images, expected)
+
+
+def test_a_file_with_adapters_detects_here_what_it_detects_there(
+    files: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    """There its layers compute with their adapters; here these are merged when the file is read."""
+    path = tmp_path / "adapters.pth"
+    task = {"how": "RFDETRNano", "weights": str(files["custom"]), "options": {"backbone_lora": True}}
+    trained, plain = detections_there(
+        [{**task, "train_adapters": True, "write": str(path)}, {**task, "options": {}}], images, tmp_path
+    )
+    assert trained["images"][0]["boxes"][:5] != plain["images"][0]["boxes"][:5]
+    content = torch.load(path, weights_only=True)
+    assert sum(".lora_" in key for key in content["model"]) == 12 * 3 * 3  # blocks, of q, k, v: A, B, magnitude
+    for model in (RFDETRNano(pretrain_weights=path), RFDETR.from_checkpoint(path)):
+        assert model.class_names == ("ant", "bee", "fly")
+        assert_detects_the_same(model, images, trained)
+
+
+@pytest.mark.parametrize("variant", ["base", "large-deprecated"])
+def test_other_variants_to_and_fro(variant: str, tmp_path: Path) -> None:
+    """Patches of 14 pixels, 4 x 4 windows, a block without effect; the large one has two scales as well."""
+    images = drawn(tmp_path, 280)
+    module = golden.build(variant=variant, num_classes=3, resolution=280)
+    ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    write_detector(TrainedModel(module.eval(), module.config, ("ant", "bee", "fly"), "ema", 0, ""), ours)
+    del module
+    task = {"how": "from_checkpoint", "weights": str(ours), "write": str(theirs)}
+    (expected,) = detections_there([task], images, tmp_path)
+    for path in (ours, theirs):
+        assert_detects_the_same(RFDETR.from_checkpoint(path), images, expected)
 
 
 def test_supervision_gets_what_was_predicted() -> None:
