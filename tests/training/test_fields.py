@@ -14,18 +14,17 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from rfdetr_core.data.loading import LoaderSettings, eval_loader
+from rfdetr_core.data.loading import LoaderSettings, TrainImages, eval_loader
 from rfdetr_core.data.prepared import PreparedDataset
-from rfdetr_core.errors import DatasetError
+from rfdetr_core.errors import DatasetError, Terminated
 from rfdetr_core.evaluation import inference
 from rfdetr_core.evaluation.evaluate import evaluate_model
-from rfdetr_core.training import checkpoint
-from rfdetr_core.training.clock import Clock
+from rfdetr_core.training import checkpoint, clock, loop
 from rfdetr_core.training.criterion import Criterion
 from rfdetr_core.training.engine import Engine, build_engine
 from rfdetr_core.training.loop import train
 from tests.training import tiny
-from tests.training.test_loop import Scores, best_files, latest, rows, weight_files
+from tests.training.test_loop import Scores, best_files, latest, rows, stop_at, weight_files
 
 LOSSES = {"loss", "loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_giou_enc"}
 
@@ -212,6 +211,25 @@ class TestHalfPrecisionEvaluation:
         assert wanted.autocast == torch.float16
 
 
+class Time:
+    """Takes the place of the clock's time: goes on only by what is said, or by `seconds` with every optimizer step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(clock, "time", self)
+        step = Engine.optimizer_step
+
+        def slow(engine: Engine, *args: Any, **words: Any) -> Any:
+            terms = step(engine, *args, **words)
+            self.now += seconds if terms is not None else 0.0
+            return terms
+
+        monkeypatch.setattr(Engine, "optimizer_step", slow)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 class TestTime:
     def test_the_budget_ends_training_with_the_epoch_it_is_in(
         self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -225,30 +243,144 @@ class TestTime:
         more = dataclasses.replace(job, train=job.train.model_copy(update={"max_hours": None, "epochs": 2}))
         assert train(more).epochs == 2  # time left: it goes on
 
-    def test_each_epoch_tells_where_its_time_went(self, dataset: PreparedDataset, tmp_path: Path) -> None:
-        result = train(tiny.job(dataset, tmp_path, epochs=2))
-        parts = ("data_wait", "step", "eval", "checkpoint")
-        spent = [sum(row[f"seconds/{part}"] for part in parts) for row in rows(tmp_path)]
-        assert all(row[f"seconds/{part}"] > 0 for row in rows(tmp_path) for part in parts)
-        assert 0.5 * result.seconds < sum(spent) < result.seconds
+    @pytest.mark.parametrize(
+        ("minutes", "epochs"), [(6.0, 2), (6.1, 2), (5.9, 3)], ids=["just over", "over", "not yet over"]
+    )
+    def test_the_budget_is_in_hours(
+        self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, epochs: int
+    ) -> None:
+        """Of steps of six minutes, two epochs of five take an hour."""
+        Time(monkeypatch, 60.0 * minutes)
+        assert train(tiny.job(dataset, tmp_path, epochs=5, eval_interval=5, max_hours=1.0)).epochs == epochs
 
-    def test_waiting_is_told_with_what_to_change(self, caplog: pytest.LogCaptureFixture) -> None:
-        for waited, told in ((1.5, True), (0.9, False)):
-            caplog.clear()
-            clock = Clock(0.0)
-            clock._lap |= {"data_wait": waited, "step": 10.0}
-            clock.lap()
-            clock.warn_of_waiting(num_workers=2)
-            assert ("13 % of the epoch's steps: raise train.num_workers (now 2)" in caplog.text) is told
+    @pytest.mark.parametrize(("minutes", "epochs"), [(12.0, 1), (11.0, 2)])
+    def test_the_budget_counts_the_process_before_and_not_the_time_between(
+        self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, epochs: int
+    ) -> None:
+        """Of an epoch's five steps three were made by a process that was preempted; the next came ten hours later."""
+        time = Time(monkeypatch, 60.0 * minutes)
+        job = tiny.job(dataset, tmp_path, epochs=5, eval_interval=5, max_hours=1.0)
+        with pytest.raises(Terminated):
+            train(job, stop_requested=stop_at(4))
+        time.now += 36_000.0
+        assert train(job).epochs == epochs
+
+    @pytest.mark.parametrize(
+        ("seconds", "interval", "handed_over"),
+        [
+            (20.0, 10, [(0, 4), (1, 3), (2, 0)]),  # 60 s are not over after the third step
+            (21.0, 10, [(0, 3), (1, 1), (1, 4), (2, 0)]),
+            (12.0, 10, [(1, 1), (2, 0)]),
+            (12.0, 1, [(1, 0), (2, 0)]),  # that of checkpoint_interval starts the minutes anew
+        ],
+    )
+    def test_checkpoints_are_handed_over_by_the_minute(
+        self,
+        dataset: PreparedDataset,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        seconds: float,
+        interval: int,
+        handed_over: list[tuple[int, int]],
+    ) -> None:
+        Time(monkeypatch, seconds)
+        found: list[tuple[int, int]] = []
+
+        def publish(path: Path) -> None:
+            position = checkpoint.load(path).get("position")
+            if position is not None:
+                found.append((position["epoch"], position["step"]))
+
+        minutes = {"checkpoint_minutes": 1.0, "checkpoint_interval": interval}
+        train(tiny.job(dataset, tmp_path, epochs=2, eval_interval=2, **minutes), publish=publish)
+        assert list(dict.fromkeys(found)) == handed_over
+
+    def test_each_epoch_tells_where_its_time_went(
+        self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Seconds that are added to a part of the work are found in its column, and in no other."""
+        time = Time(monkeypatch, 7.0)
+
+        def slowed(original: Any, seconds: float) -> Any:
+            def slow(*args: Any, **words: Any) -> Any:
+                time.now += seconds
+                return original(*args, **words)
+
+            return slow
+
+        monkeypatch.setattr(loop, "validate", slowed(loop.validate, 50.0))
+        monkeypatch.setattr(loop, "keep_best", slowed(loop.keep_best, 3.0))
+        monkeypatch.setattr(loop, "save", slowed(loop.save, 11.0))
+        monkeypatch.setattr(TrainImages, "__getitem__", slowed(TrainImages.__getitem__, 0.5))
+        monkeypatch.setattr(loop, "time", time)
+        result = train(tiny.job(dataset, tmp_path, epochs=3, eval_interval=2))
+        parts = ("data_wait", "step", "eval", "checkpoint")
+        assert [[row[f"seconds/{part}"] for part in parts] for row in rows(tmp_path)] == [
+            [5.0, 35.0, 0.0, 0.0],
+            [5.0, 35.0, 50.0, 11.0 + 3.0],  # the save at the end of an epoch counts for the next one
+            [5.0, 35.0, 50.0, 11.0 + 3.0],
+        ]
+        assert result.seconds == 40.0 + 2 * 104.0 + 11.0 + 9 * 0.5  # the last save, and a picture of nine images
+
+    @pytest.mark.parametrize(
+        ("waited", "steps", "told"),
+        [
+            (10.0, 190.0, None),  # a twentieth exactly
+            (10.01, 190.0, "10.0 s for images, 5 %"),
+            (9.99, 190.0, None),
+            (1.5, 10.0, "1.5 s for images, 13 %"),
+            (1.01, 0.1, "1.0 s for images, 91 %"),
+            (1.0, 0.1, None),  # too short for advice, whatever the share
+        ],
+    )
+    def test_waiting_for_more_than_a_twentieth_is_told_with_what_to_change(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        waited: float,
+        steps: float,
+        told: str | None,
+    ) -> None:
+        time = Time(monkeypatch)
+        of_epoch = clock.Clock(0.0)
+        for part, seconds in (("data_wait", waited), ("step", steps), ("eval", 1e6), ("checkpoint", 1e6)):
+            with of_epoch.running(part):
+                time.now += seconds
+        of_epoch.lap()
+        of_epoch.warn_of_waiting(num_workers=2)
+        advice = "of the epoch's steps: raise train.num_workers (now 2) or train.prefetch_factor"
+        expected = [] if told is None else [f"training waited {told} {advice}, or give the pod more CPU"]
+        assert [record.getMessage() for record in caplog.records] == expected
+
+    def test_a_training_that_waits_says_so(
+        self,
+        dataset: PreparedDataset,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        time, load = Time(monkeypatch, 3.0), TrainImages.__getitem__
+
+        def slow(images: TrainImages, draw: Any) -> Any:
+            time.now += 0.5 if draw.epoch == 1 else 0.01
+            return load(images, draw)
+
+        monkeypatch.setattr(TrainImages, "__getitem__", slow)
+        train(tiny.job(dataset, tmp_path, epochs=2, eval_interval=2))
+        told = [record.getMessage() for record in caplog.records if "waited" in record.getMessage()]
+        assert told == [
+            "training waited 5.0 s for images, 25 % of the epoch's steps: raise train.num_workers (now 0)"
+        ]  # of the second epoch alone
 
     def test_the_whole_of_the_loop_is_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        now = iter([0.0, 10.0, 14.0, 20.0])
-        monkeypatch.setattr("time.monotonic", lambda: next(now))
-        clock = Clock(spent=100.0)  # at 0
-        with clock.running("eval"):  # 10 to 14
-            pass
-        assert clock.lap()["seconds/eval"] == 4.0
-        assert clock.total == 120.0
+        time = Time(monkeypatch)
+        counting = clock.Clock(spent=100.0)
+        time.now += 10.0
+        with counting.running("eval"):
+            time.now += 4.0
+        time.now += 6.0
+        assert counting.lap()["seconds/eval"] == 4.0
+        assert counting.total == 120.0
 
 
 def test_unreadable_images_are_counted_and_told(
