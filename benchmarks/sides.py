@@ -132,12 +132,14 @@ class Side:
 def _ours(variant: str, weights: str, *, export: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
     from rfdetr_core.config import ModelConfig
     from rfdetr_core.models.detector import RFDETR
+    from rfdetr_core.models.linear import vouch_for
     from rfdetr_core.training.criterion import Criterion
 
     del export  # our evaluation form is the one that is exported
     config = ModelConfig(variant=variant, num_classes=CLASSES)
     model = RFDETR(config)
     model.load_state_dict(torch.load(weights, weights_only=True)["model"])
+    vouch_for(model)  # as predict and evaluate do; without effect in a training step
     return model, Criterion(config)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.evaluation.detections import Detections
+from rfdetr_core.models.linear import constant_weights
 from rfdetr_core.models.postprocess import postprocess
 
 Outputs = dict[str, Tensor]
@@ -36,11 +37,12 @@ def predict_split(
         autocast: run the forward pass in this precision; boxes and scores are float32 all the same.
     """
     parts = []
-    for batch in batches:
-        pixels, _ = batch.on(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = model(pixels)
-        parts.append(detections_of(outputs, batch.images, table, num_select=num_select, num_classes=num_classes))
+    with constant_weights(model):
+        for batch in batches:
+            pixels, _ = batch.on(device)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                outputs = model(pixels)
+            parts.append(detections_of(outputs, batch.images, table, num_select=num_select, num_classes=num_classes))
     return Detections.concatenate(parts)
 
 

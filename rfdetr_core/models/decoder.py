@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.deformable_attention import DeformableAttention
-from rfdetr_core.models.linear import Linear, linear
+from rfdetr_core.models.linear import KeepingModule, Kept, Linear, linear_kept
 
 _SINE_BASE = 10000.0
 
@@ -64,7 +64,7 @@ def sine_embedding(boxes: Tensor, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(KeepingModule):
     """Multi-head attention with packed projections, named as in `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -73,14 +73,18 @@ class SelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
+        self.kept_value = Kept()
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, groups: int) -> Tensor:
         """(B, G*Q, D) and its position vectors to (B, G*Q, D); a query sees its own group only."""
         width = x.shape[-1]
-        qk = linear(x + position, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-        v = linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        (qk_weight, v_weight), (qk_bias, v_bias) = (
+            torch.split(part, [2 * width, width]) for part in (self.in_proj_weight, self.in_proj_bias)
+        )
+        qk = linear_kept(self.kept, x + position, [qk_weight], qk_bias)
+        v = linear_kept(self.kept_value, x, [v_weight], v_bias)
         per_group = x.shape[1] // groups
         split = (-1, per_group, self.heads, width // self.heads)  # groups become batch entries
         q, k, v = (part.reshape(split).transpose(1, 2) for part in (*qk.chunk(2, dim=-1), v))

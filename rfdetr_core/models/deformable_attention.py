@@ -84,8 +84,9 @@ class DeformableAttention(nn.Module):
         """
         split = (-1, query.shape[1], self.heads, self.levels, self.points, 2)
         offsets = self.sampling_offsets(query).view(split).permute(0, 2, 3, 4, 1, 5)
-        at = references.transpose(1, 2)[:, None, :, None]  # (B, 1, levels or 1, 1, n, 4 or 2)
-        if at.shape[-1] == 2:
-            cells = torch.tensor([[w, h] for h, w in shapes], dtype=at.dtype, device=at.device)
-            return at + offsets / cells[:, None, None]
-        return at[..., :2] + offsets * (at[..., 2:] * (0.5 / self.points))
+        spread = references.transpose(1, 2)[:, None, :, None]
+        at, *sides = torch.split(spread, 2, dim=-1)  # (B, 1, levels or 1, 1, n, 2) each
+        if sides:
+            return at + offsets * (sides[0] * (0.5 / self.points))
+        cells = torch.tensor([[w, h] for h, w in shapes], dtype=at.dtype, device=at.device)
+        return at + offsets / cells[:, None, None]

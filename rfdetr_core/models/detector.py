@@ -18,7 +18,7 @@ from rfdetr_core.errors import ConfigError
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.decoder import MLP, Decoder
 from rfdetr_core.models.deformable_attention import DeformableAttention
-from rfdetr_core.models.linear import Linear
+from rfdetr_core.models.linear import Linear, vouch_for
 from rfdetr_core.models.projector import SCALE_FACTORS, Projector
 from rfdetr_core.models.transformer import Transformer, flatten_levels
 from rfdetr_core.models.vit import WindowedViT
@@ -107,7 +107,7 @@ class RFDETR(nn.Module):
         self.backbone = nn.ModuleList([Backbone(config, drop_path)])
         self._initialise()
         if config.freeze_encoder:
-            self._backbone.encoder.requires_grad_(False)
+            vouch_for(self._backbone.encoder.requires_grad_(False))
 
     @property
     def _backbone(self) -> Backbone:
@@ -178,7 +178,7 @@ class RFDETR(nn.Module):
         outputs: dict[str, Any] = layers[-1]
         if with_aux:
             outputs["aux_outputs"] = layers[:-1]
-            if selection is not None:
+            if selection is not None and selection.logits is not None:
                 boxes = selection.boxes if config.bbox_reparam else selection.boxes.sigmoid()
                 outputs["enc_outputs"] = {"pred_logits": selection.logits, "pred_boxes": boxes}
         return outputs

@@ -2,13 +2,14 @@
 
 PyTorch sends float32 products on a CPU to BLAS, copies the bias into the result beforehand and runs the activation
 over it afterwards. oneDNN does all three in one pass, and its kernels are as fast as MKL's on Intel and faster on other
-processors (docs/benchmarks.md). In evaluation the weights are kept in oneDNN's own order. Everywhere else, and wherever
-a graph is recorded, `F.linear` does the work.
+processors (docs/benchmarks.md). Where someone vouches for the weights, as evaluation and prediction do, they are kept
+in oneDNN's own order. Wherever a graph is recorded, and on other devices, `F.linear` does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -23,21 +24,25 @@ _MIN_ROWS = 8
 
 
 class Kept:
-    """A tensor derived from parameters, kept for evaluation as long as they stay what they are."""
+    """A tensor derived from parameters, kept while someone vouches that they stay as they are (`constant_weights`)."""
 
     def __init__(self) -> None:
+        self.vouched = 0  # how many do
         self._key: Hashable = None
         self._value: Tensor | None = None
 
-    def get(self, parameters: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, or what it returned last if the `parameters` have not changed since.
+    def usable(self, *used: Tensor | None) -> bool:
+        """Whether what is derived from these may be kept: nothing of it is recorded or differentiated either."""
+        return self.vouched > 0 and not _recording() and not _differentiated(*used)
 
-        An operation in place raises a tensor's version. What does not (fused optimizers, moving a module) makes its
-        module forget.
+    def get(self, parameters: Sequence[Tensor], make: Callable[[], Tensor], *, of: Hashable = None) -> Tensor:
+        """`make()`, or what it returned last for the same `of` if no version of the `parameters` has risen since.
+
+        Versions are the second line: loading a state dict raises them; a change through `.data` does not.
         """
-        if any(parameter.is_inference() for parameter in parameters):  # these count no versions
+        if any(parameter.is_inference() for parameter in parameters):  # these count none
             return make()
-        key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        key = (of, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
         if self._value is None or key != self._key:
             self._value, self._key = make().detach(), key
         return self._value
@@ -47,28 +52,52 @@ class Kept:
         self._key, self._value = None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        return Kept()  # a copied module has parameters of its own
+        return Kept()  # a copied module has parameters of its own, and nobody vouched for them
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
 
 
 class KeepingModule(nn.Module):
-    """A module that keeps something in `kept` while it evaluates; training or moving it frees that."""
+    """A module that keeps something in `kept`, and perhaps in other attributes; moving it frees that."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept = Kept()
 
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self.kept.forget()
-        return super().train(mode)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.kept.forget()
+        for kept in _kept_by(self):
+            kept.forget()
         applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return applied
+
+
+def vouch_for(module: nn.Module) -> None:
+    """Promise that the parameters of a module stay as they are from now on."""
+    for kept in _kept_by(module):
+        kept.vouched += 1
+
+
+@contextmanager
+def constant_weights(*modules: nn.Module) -> Iterator[None]:
+    """Promise that the parameters of the modules stay as they are inside, so that what is derived from them is kept.
+
+    Without a promise nothing is: a change through `.data`, through numpy or by a fused optimizer leaves no trace, and
+    to look for it in all weights would cost more than what keeping saves.
+    """
+    for module in modules:
+        vouch_for(module)
+    try:
+        yield
+    finally:
+        for kept in (kept for module in modules for kept in _kept_by(module)):
+            kept.vouched -= 1
+            if not kept.vouched:
+                kept.forget()
+
+
+def _kept_by(module: nn.Module) -> Iterator[Kept]:
+    return (value for part in module.modules() for value in vars(part).values() if isinstance(value, Kept))
 
 
 class Linear(nn.Linear, KeepingModule):
@@ -86,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     """x (..., in) times weight (out, in), plus bias (out,), then the activation (GELU: the exact one): (..., out)."""
     if not _suits_onednn(x, weight):
         return _activate(F.linear(x, weight, bias), activation)
-    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+    if not _differentiated(x, weight, bias):
         return _product(x, weight, bias, activation)
     if activation == "gelu":  # its gradient needs what went in
         return F.gelu(_product_with_gradient(x, weight, bias, "none"))
@@ -96,9 +125,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
 def linear_kept(
     kept: Kept, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, activation: Activation = "none"
 ) -> Tensor:
-    """`linear` with the rows of all `weights`; without gradient their packed form is taken from `kept`."""
-    if torch.is_grad_enabled() or not _suits_onednn(x, weights[0]):
-        kept.forget()  # an optimizer may be next, and its fused kernels raise no version
+    """`linear` with the rows of all `weights`, whose packed form is taken from `kept` where that is allowed."""
+    if not kept.usable(x, *weights, bias) or not _suits_onednn(x, weights[0]):
         return linear(x, _rows(weights), bias, activation)
     packed = kept.get(weights, lambda: _pack(_rows(weights), x))
     return _product(x, packed, bias, activation)
@@ -108,13 +136,21 @@ def _rows(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
+def _recording() -> bool:
+    """Whether a graph is made of what is computed, which should hold standard operators on the parameters."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _differentiated(*used: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in used)
+
+
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can do it, and nothing is being recorded that should hold standard operators."""
+    """Whether oneDNN can do it, and nothing is being recorded."""
     return (
         x.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not _recording()
         and not torch.is_autocast_enabled("cpu")
         and x.numel() >= _MIN_ROWS * x.shape[-1]
         and _AVAILABLE

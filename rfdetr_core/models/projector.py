@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfdetr_core.models.linear import linear
+from rfdetr_core.models.linear import KeepingModule, linear_kept
 
 _NORM_EPS = 1e-6
 _BOTTLENECKS = 3
@@ -24,7 +24,7 @@ _SUBSAMPLED = 0.25
 SCALE_FACTORS = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(KeepingModule):
     """Convolution without bias, norm (named `bn` in the state dict whatever it is), activation."""
 
     def __init__(
@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.kernel_size == (1, 1):
-            x = linear(x, self.conv.weight.flatten(1), None)
+            x = linear_kept(self.kept, x, [self.conv.weight.flatten(1)], None)
         else:
             x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         channels_last = isinstance(self.bn, nn.LayerNorm)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.decoder import MLP, Decoder, Memory
-from rfdetr_core.models.linear import linear
+from rfdetr_core.models.linear import Linear, linear
 
 _ANCHOR_SIDE = 0.05  # of the image, at the first level; doubles per level
 _EDGE = 0.01  # proposals that come closer to 0 or 1 than this are not used
@@ -21,8 +21,8 @@ _NORM_EPS = 1e-5
 class Selection(NamedTuple):
     """The two-stage proposals, groups concatenated along the query axis, k per group."""
 
-    logits: Tensor
-    """(B, G*k, C)."""
+    logits: Tensor | None
+    """(B, G*k, C), where they were asked for."""
     boxes: Tensor
     """(B, G*k, 4); logits of boxes without `bbox_reparam`."""
     indices: Tensor
@@ -74,10 +74,10 @@ class Transformer(nn.Module):
         self.two_stage = two_stage
         self.bbox_reparam = decoder.bbox_reparam
         if two_stage:
-            self.enc_output = nn.ModuleList(nn.Linear(width, width) for _ in range(groups))
+            self.enc_output = nn.ModuleList(Linear(width, width) for _ in range(groups))
             self.enc_output_norm = nn.ModuleList(nn.LayerNorm(width, eps=_NORM_EPS) for _ in range(groups))
             self.enc_out_bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(groups))
-            self.enc_out_class_embed = nn.ModuleList(nn.Linear(width, num_logits) for _ in range(groups))
+            self.enc_out_class_embed = nn.ModuleList(Linear(width, num_logits) for _ in range(groups))
 
     def forward(
         self, memory: Memory, content: Tensor, reference_table: Tensor, *, queries: int, groups: int, all_layers: bool
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         selection = None
         if self.two_stage:
             selected = min(queries, sum(h * w for h, w in memory.shapes))
-            selection = self.select(memory, groups, selected)
+            selection = self.select(memory, groups, selected, with_logits=all_layers)
             proposed, learned = selection.boxes.detach(), references[:, : groups * selected]
             moved = refine(learned, proposed) if self.bbox_reparam else learned + proposed
             # With fewer tokens than queries the last rows keep the learned values (spec 4.3).
@@ -102,28 +102,26 @@ class Transformer(nn.Module):
         )
         return hidden, bases, selection
 
-    def select(self, memory: Memory, groups: int, k: int) -> Selection:
-        """The best k tokens of each group, by their highest class logit (spec 4.2).
-
-        All tokens are scored without gradient; only the chosen ones run through the heads with gradient,
-        which is the same gradient at a fraction of the cost.
-        """
+    def select(self, memory: Memory, groups: int, k: int, *, with_logits: bool) -> Selection:
+        """The best k tokens of each group, by their highest class logit (spec 4.2)."""
         boxes, usable = anchors(memory)
         tokens = memory.tokens
         if memory.mask is not None or max(max(shape) for shape in memory.shapes) >= 0.5 / _EDGE:
             tokens = tokens.masked_fill(~usable[..., None], 0.0)
-        heads = _GroupHeads(self, groups)
+        evaluates = groups == 1 and not torch.is_grad_enabled()
+        heads = _FirstHeads(self) if evaluates else _GroupHeads(self, groups)
         scores = heads.scores(tokens)  # (G, B, N)
         indices = scores.topk(k, dim=-1).indices  # (G, B, k)
 
         batch, count = tokens.shape[:2]
         first_rows = torch.arange(batch, device=tokens.device)[:, None] * count
         rows = (indices + first_rows).flatten(1)  # (G, B*k) into the tokens of the whole batch
-        logits, deltas = heads.predict(F.embedding(rows, tokens.flatten(0, 1)))
+        logits, deltas = heads.predict(tokens, rows, with_logits=with_logits)
         proposals = self._proposals(boxes, usable).to(tokens.dtype).expand(batch, -1, -1)
         picked = F.embedding(rows, proposals.reshape(-1, 4))  # (G, B*k, 4)
         out = refine(deltas, picked) if self.bbox_reparam else deltas + picked
-        return Selection(_queries_last(logits, batch), _queries_last(out, batch), indices)
+        chosen = None if logits is None else _queries_last(logits, batch)
+        return Selection(chosen, _queries_last(out, batch), indices)
 
     def _proposals(self, boxes: Tensor, usable: Tensor) -> Tensor:
         if self.bbox_reparam:
@@ -131,8 +129,32 @@ class Transformer(nn.Module):
         return torch.log(boxes / (1.0 - boxes)).masked_fill(~usable[..., None], torch.inf)
 
 
+class _FirstHeads:
+    """The two-stage heads of the first group, without gradient: what they made of all tokens is not made again."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.output, self.norm = transformer.enc_output[0], transformer.enc_output_norm[0]
+        self.classes, self.boxes = transformer.enc_out_class_embed[0], transformer.enc_out_bbox_embed[0]
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """Highest class logit of each token (B, N, D): (1, B, N)."""
+        self.z = self.norm(self.output(tokens))
+        self.logits = self.classes(self.z)
+        best: Tensor = self.logits.amax(-1)
+        return best[None]
+
+    def predict(self, tokens: Tensor, rows: Tensor, *, with_logits: bool) -> tuple[Tensor | None, Tensor]:
+        """Class logits (1, M, C), where asked for, and box deltas (1, M, 4) of the tokens at `rows` (1, M)."""
+        logits = F.embedding(rows, self.logits.flatten(0, 1)) if with_logits else None
+        return logits, self.boxes(F.embedding(rows, self.z.flatten(0, 1)))
+
+
 class _GroupHeads:
-    """The two-stage heads of the first `groups` groups, stacked: all groups in one batched product."""
+    """The two-stage heads of the first `groups` groups, stacked: all groups in one batched product.
+
+    All tokens are scored without gradient; only the chosen ones run through the heads with gradient, which is the same
+    gradient at a fraction of the cost.
+    """
 
     def __init__(self, transformer: Transformer, groups: int) -> None:
         self.width = transformer.width
@@ -152,15 +174,16 @@ class _GroupHeads:
         z = torch.addcmul(beta, F.layer_norm(z, (self.width,), eps=_NORM_EPS), gamma)  # (B*N, G, D)
         return _linear(z.transpose(0, 1), self.classes).amax(-1).view(-1, batch, count)
 
-    def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (G, M, C) and box deltas (G, M, 4) of chosen tokens (G, M, D)."""
+    def predict(self, tokens: Tensor, rows: Tensor, *, with_logits: bool) -> tuple[Tensor | None, Tensor]:
+        """Class logits (G, M, C), where asked for, and box deltas (G, M, 4) of the tokens at `rows` (G, M)."""
         gamma, beta = self.norm
-        z = F.layer_norm(_linear(tokens, self.output), (self.width,), eps=_NORM_EPS)
+        chosen = F.embedding(rows, tokens.flatten(0, 1))  # (G, M, D)
+        z = F.layer_norm(_linear(chosen, self.output), (self.width,), eps=_NORM_EPS)
         z = torch.addcmul(beta[:, None], z, gamma[:, None])
         deltas = z
         for layer in self.boxes[:-1]:
             deltas = F.relu(_linear(deltas, layer))
-        return _linear(z, self.classes), _linear(deltas, self.boxes[-1])
+        return _linear(z, self.classes) if with_logits else None, _linear(deltas, self.boxes[-1])
 
 
 def _stack(modules: Sequence[nn.Module] | nn.ModuleList) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class PatchEmbeddings(nn.Module):
         return self.projection(images)
 
 
-class Embeddings(nn.Module):
+class Embeddings(KeepingModule):
     """Images to windowed token sequences: patches, positions, one CLS (and registers) per window."""
 
     def __init__(
@@ -53,7 +53,11 @@ class Embeddings(nn.Module):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The positional table (1, 1 + h*w, width) for a grid of h x w patches; differentiable."""
         table = self.position_embeddings
-        return table if grid == self.table_grid else resize_table(table, self.table_grid, grid)
+        if grid == self.table_grid:
+            return table
+        if not self.kept.usable(table):
+            return resize_table(table, self.table_grid, grid)
+        return self.kept.get([table], lambda: resize_table(table, self.table_grid, grid), of=grid)
 
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images (B, channels, H, W) to tokens (B*n*n, T, width), windows row-major within an image."""

@@ -16,6 +16,7 @@ from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.inference import detections_of
 from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
+from rfdetr_core.models.linear import constant_weights
 from rfdetr_core.training.checkpoint import Source
 from rfdetr_core.training.engine import Engine, memory_errors
 from rfdetr_core.training.state import TrainingJob
@@ -91,16 +92,17 @@ def validate(
         model.eval()
     engine.criterion.eval()
     stopped = False
-    for batch in loader:
-        found, losses = _batch(job, engine, models, split, batch, compute_loss)
-        for source, of_batch in found.items():
-            parts[source].append(of_batch)
-        for name, value in losses.items():
-            weighted = value * len(batch.counts)
-            sums[name] = sums[name] + weighted if name in sums else weighted
-        stopped = stop_requested()
-        if stopped:
-            break
+    with constant_weights(*models.values()):
+        for batch in loader:
+            found, losses = _batch(job, engine, models, split, batch, compute_loss)
+            for source, of_batch in found.items():
+                parts[source].append(of_batch)
+            for name, value in losses.items():
+                weighted = value * len(batch.counts)
+                sums[name] = sums[name] + weighted if name in sums else weighted
+            stopped = stop_requested()
+            if stopped:
+                break
     if world.any(stopped):
         return None
     engine.model.train()

@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.models.detector import RFDETR, pad_images
+from rfdetr_core.models.linear import constant_weights
 from rfdetr_core.models.vit import drop_windows
 from tests.models import golden
 
@@ -173,6 +174,43 @@ def test_a_frozen_encoder_gets_no_gradient() -> None:
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert not any(name.startswith("backbone.0.encoder.") for name in with_gradient)
     assert any(name.startswith("backbone.0.projector.") for name in with_gradient)
+
+
+def test_what_is_kept_of_constant_weights_changes_nothing() -> None:
+    """Evaluation of two sizes in turn, with and without the promise; the positional table is of a third."""
+    model = RFDETR(ModelConfig(**SMALL)).eval()
+    golden.fill_w1(model)
+    for with_aux in (False, True):
+        sizes = [golden.gauss(1, (2, 3, 48, 80)), golden.gauss(2, (1, 3, 80, 48))]
+        with torch.no_grad():
+            plain = [model(images, with_aux=with_aux) for images in sizes]
+            with constant_weights(model):
+                kept = [model(images, with_aux=with_aux) for images in [*sizes, *sizes]][2:]
+        graded = [model(images, with_aux=with_aux) for images in sizes]
+        for others in (kept, graded):
+            for a, b in zip(plain, others, strict=True):
+                assert a.keys() == b.keys()
+                for part in ("pred_boxes", "pred_logits"):
+                    assert_allclose(a[part], b[part].detach(), rtol=0, atol=2e-5)
+                if with_aux:
+                    for part, values in a["enc_outputs"].items():
+                        assert_allclose(values, b["enc_outputs"][part].detach(), rtol=0, atol=2e-5)
+
+
+def test_a_frozen_encoder_keeps_its_packed_weights_in_training() -> None:
+    model, images = RFDETR(ModelConfig(**SMALL, freeze_encoder=True)).train(), golden.gauss(1, (1, 3, 64, 64))
+    golden.fill_w1(model)
+    model(images)["pred_logits"].sum().backward()
+    layer = model.backbone[0].encoder.encoder.encoder.layer[0].mlp.fc1
+    first = layer.kept._value
+    assert first is not None
+    found = model(images)["pred_logits"]
+    assert layer.kept._value is first
+    learning = RFDETR(ModelConfig(**SMALL)).train()
+    learning.load_state_dict(model.state_dict())
+    assert_allclose(found.detach(), learning(images)["pred_logits"].detach(), rtol=0, atol=2e-5)
+    model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
+    assert not torch.allclose(model(images)["pred_logits"], found)
 
 
 def test_blocks_behind_the_last_feature_are_not_computed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -13,8 +14,9 @@ from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
 from rfdetr_core.models import linear as module
-from rfdetr_core.models.linear import Activation, Linear, linear
+from rfdetr_core.models.linear import Activation, Linear, constant_weights, linear, vouch_for
 from rfdetr_core.training.ema import ModelEMA
+from tests.models import golden
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
@@ -94,6 +96,20 @@ def test_others_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
 
 
+def change_through_data(layer: Linear) -> None:
+    layer.weight.data.copy_(torch.randn(24, 16))
+
+
+def change_through_numpy(layer: Linear) -> None:
+    layer.weight.detach().numpy()[...] += 1.0
+
+
+def change_by_fused_optimizer(layer: Linear) -> None:
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    layer.weight.grad, layer.bias.grad = torch.ones(24, 16), torch.ones(24)
+    optimizer.step()
+
+
 def change_in_place(layer: Linear) -> None:
     with torch.no_grad():
         layer.weight.mul_(2.0)
@@ -101,13 +117,6 @@ def change_in_place(layer: Linear) -> None:
 
 def change_by_loading(layer: Linear) -> None:
     layer.load_state_dict({name: value * 3.0 for name, value in layer.state_dict().items()})
-
-
-def change_by_optimizer(layer: Linear) -> None:
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-    with torch.enable_grad():
-        layer(torch.ones(20, 16)).sum().backward()
-    optimizer.step()
 
 
 def change_by_assignment(layer: Linear) -> None:
@@ -118,18 +127,50 @@ def change_type_and_back(layer: Linear) -> None:
     layer.half().float().weight.data.add_(0.5)  # through .data: no version is counted, but moving forgets
 
 
-@pytest.mark.parametrize(
-    "change", [change_in_place, change_by_loading, change_by_optimizer, change_by_assignment, change_type_and_back]
-)
+LEAVE_A_TRACE = [change_in_place, change_by_loading, change_by_assignment, change_type_and_back]
+LEAVE_NONE = [change_through_data, change_through_numpy, change_by_fused_optimizer]
+
+
+@pytest.mark.parametrize("change", LEAVE_A_TRACE + LEAVE_NONE)
 @torch.no_grad()
-def test_what_is_kept_follows_the_weights(change: Any) -> None:
+def test_no_change_of_the_weights_is_missed(change: Any) -> None:
     torch.manual_seed(0)
     layer, x = Linear(16, 24).eval(), torch.randn(20, 16)
     before = layer(x)
-    assert layer.kept._value is not None
+    with constant_weights(layer):
+        assert_allclose(layer(x), before, rtol=1e-5, atol=1e-6)
+        assert layer.kept._value is not None
     change(layer)
     assert not torch.allclose(layer(x), before)
     assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)
+    assert layer.kept._value is None
+
+
+@pytest.mark.parametrize("change", LEAVE_A_TRACE)
+@torch.no_grad()
+def test_a_broken_promise_is_noticed_where_it_leaves_a_trace(change: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(16, 24).eval(), torch.randn(20, 16)
+    vouch_for(layer)
+    before = layer(x)
+    change(layer)
+    assert not torch.allclose(layer(x), before)
+    assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_detector_sees_every_change_of_its_weights() -> None:
+    """Of each parameter that an evaluation depends on, after an evaluation and without train() in between."""
+    torch.manual_seed(0)
+    model, images = golden.build().eval(), golden.gauss(1, (1, 3, 96, 160))  # the positional table is another size's
+    for name, parameter in model.named_parameters():
+        before = [value.clone() for value in model(images).values()]
+        saved = parameter.clone()
+        parameter.data.copy_(saved + 0.3 * torch.randn_like(saved))
+        changed = any(not torch.equal(a, b) for a, b in zip(model(images).values(), before, strict=True))
+        unused = "mask_token" in name or re.search(r"\.enc_\w+\.[12]\.", name)  # groups of training alone
+        assert changed is not bool(unused), name
+        parameter.data.copy_(saved)
 
 
 @torch.no_grad()
@@ -137,32 +178,50 @@ def test_what_is_kept_follows_an_average() -> None:
     torch.manual_seed(0)
     layer, x = nn.Sequential(Linear(16, 24)), torch.randn(20, 16)
     ema = ModelEMA(layer, decay=0.5, tau=0)
-    ema.module(x)
-    for _ in range(2):
+    for _ in range(3):
+        with constant_weights(ema.module):
+            assert_allclose(ema.module(x), reference(ema.module[0], x, "none"), rtol=1e-5, atol=1e-5)
         layer[0].weight.add_(1.0)
         ema.update()
-        assert_allclose(ema.module(x), reference(ema.module[0], x, "none"), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_keeping_is_once_and_only_in_evaluation() -> None:
+def test_keeping_is_once_and_as_long_as_someone_vouches() -> None:
     layer, x = Linear(16, 24), torch.randn(20, 16)
-    layer.eval()(x)
-    first = layer.kept._value
-    layer(x)
-    assert layer.kept._value is first
-    assert copy.deepcopy(layer).kept._value is None
-    layer.train()
-    assert layer.kept._value is None
-    with torch.enable_grad():
+    with constant_weights(layer):
         layer(x)
+        first = layer.kept._value
+        assert first is not None
+        with constant_weights(layer):
+            layer(x)
+        layer(x)
+        assert layer.kept._value is first
+        assert copy.deepcopy(layer).kept.vouched == 0
     assert layer.kept._value is None
+    with pytest.raises(ZeroDivisionError), constant_weights(layer):
+        layer(x)
+        _ = 1 / 0
+    assert layer.kept._value is None and layer.kept.vouched == 0
+
+
+def test_what_is_differentiated_is_not_kept() -> None:
+    layer, x = Linear(16, 24), torch.randn(20, 16)
+    with constant_weights(layer):
+        for learned in (layer.weight, layer.bias):
+            layer.requires_grad_(False)
+            learned.requires_grad_(True)
+            layer(x).sum().backward()
+            assert learned.grad is not None and layer.kept._value is None
+        layer.requires_grad_(False)
+        assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)  # a frozen layer in training
+        assert layer.kept._value is not None
 
 
 def test_weights_made_for_inference() -> None:
     with torch.inference_mode():
         layer = Linear(16, 24).eval()
         x = torch.randn(20, 16)
-        layer(x)
-        layer.weight.mul_(2.0)
-        assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)
+        with constant_weights(layer):
+            layer(x)
+            layer.weight.mul_(2.0)
+            assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)
