@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long parameters golden bench peer lint compile docs lock lock-images images push clean
+.PHONY: help setup demo test test-long parameters golden bench peer lint compile docs lock lock-images images test-containers push clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make the virtual environment (about 3 GB, from hashed pins)
 
@@ -77,6 +77,10 @@ lock-images: $(READY) ## Pin what the images hold, at the versions of requiremen
 
 images: ## Build the image of every stage, with docker, podman or buildah (BASE_IMAGE=... for another base)
 	$(PYTHON) -m pipelines.containers build --base "$(BASE_IMAGE)"
+
+test-containers: $(READY) ## Build the images and run the DAG in them (on Debian as root it installs podman first)
+	base="$(or $(BASE_IMAGE),$$(images/prepare-debian.sh))" && $(MAKE) images BASE_IMAGE="$$base"
+	$(BIN)/python -m pytest -m containers --durations=10 tests/containers
 
 push: ## Push the images to REGISTRY=... and write images/digests.json, for compile --pinned
 	$(PYTHON) -m pipelines.containers push "$(REGISTRY)"

@@ -4,7 +4,7 @@
 #     images/bootstrap-base.sh [NAME]        NAME: localhost/rfdetr-base:bookworm
 #     make images BASE_IMAGE=localhost/rfdetr-base:bookworm
 #
-# Needs root, debootstrap, and podman, docker or buildah. Debian 12 ("bookworm") because its Python is 3.11.
+# Needs root, debootstrap, and docker, podman or buildah. Debian 12 ("bookworm") because its Python is 3.11.
 set -euo pipefail
 name=${1:-localhost/rfdetr-base:bookworm}
 suite=bookworm
@@ -13,8 +13,8 @@ fail() { echo "error: $1" >&2; exit 2; }
 
 [ "$(id -u)" = 0 ] || fail "debootstrap needs root"
 command -v debootstrap > /dev/null || fail "debootstrap is not installed (apt-get install debootstrap)"
-for tool in ${CONTAINER_TOOL:-podman docker buildah} ''; do
-  [ -n "$tool" ] || fail "neither podman nor docker nor buildah works here (apt-get install podman)"
+for tool in ${CONTAINER_TOOL:-docker podman buildah} ''; do
+  [ -n "$tool" ] || fail "neither docker nor podman nor buildah works here (apt-get install podman)"
   if command -v "$tool" > /dev/null && "$tool" info > /dev/null 2>&1; then break; fi
 done
 

@@ -237,19 +237,21 @@ def _outcomes(
         status = place.read_json() if place.exists() else {}
         ended = exits.get(stage, {})
         result = str(folder / FOLDERS[stage] if folder else f"{run.uri}/{FOLDERS[stage]}")
+        code = ended.get("exit_code") or None
         killed = status.get("state") == "running" and status["started"] >= begun.isoformat(timespec="seconds")
-        if status.get("attempt") != attempt and not killed:
-            code = ended.get("exit_code") or None
-            text = f"its container ended with exit code {code} before the stage began" if code else ""
-            rows.append(StageOutcome(stage, "failed" if code else "not started", None, code, text, ""))
-        elif killed:
+        if killed:
             reason = "out of memory" if ended.get("out_of_memory") else "it could not say why, perhaps out of memory"
             text = f"killed: {reason} (the same command with this --run-id continues)"
             rows.append(StageOutcome(stage, "killed", None, KILLED, text, result))
-        else:
+        elif status.get("attempt") == attempt and (code is None or status.get("exit_code") != 0):
             error = status.get("error") or {}
             text = error.get("message", "") + (f" ({error['hint']})" if error.get("hint") else "")
-            rows.append(
-                StageOutcome(stage, status["state"], status.get("seconds"), status.get("exit_code"), text, result)
-            )
+            row = (status["state"], status.get("seconds"), status.get("exit_code"), text, result)
+            rows.append(StageOutcome(stage, *row))
+        elif code is not None:
+            when = "after the stage was done" if status.get("attempt") == attempt else "and left no status"
+            text = ended.get("error") or f"its container ended with exit code {code} {when}"
+            rows.append(StageOutcome(stage, "failed", None, code, text, ""))
+        else:
+            rows.append(StageOutcome(stage, "not started", None, None, "", ""))
     return tuple(rows)

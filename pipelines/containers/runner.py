@@ -19,6 +19,7 @@ import docker
 from docker.types import DeviceRequest, Mount
 
 UID = 10001
+CANNOT_RUN = 125  # as docker and podman say themselves
 # What a container is told of this process's environment: how to reach the store and the trackers.
 _PREFIXES = ("AWS_", "WANDB_", "MLFLOW_")
 _NAMES = ("RFDETR_ATTEMPT", "RFDETR_S3_ADDRESSING_STYLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -76,22 +77,29 @@ class ContainerRunner:
     ) -> int:
         """Run it to its end and print what it prints; its exit code."""
         stage, name = self._settings["images"][image]
-        container = client.containers.create(**self._options(client, stage, name, command, volumes, environment or {}))
+        end: dict[str, Any] = {"stage": stage, "exit_code": CANNOT_RUN, "out_of_memory": False, "error": ""}
+        container = None
         try:
+            options = self._options(client, stage, name, command, volumes, environment or {})
+            container = client.containers.create(**options)
             container.start()
             self._running = container.id
             if self._stopping:
                 self._stop(client)
             self._follow(container)
-            code = int(container.wait()["StatusCode"])
+            end["exit_code"] = int(container.wait()["StatusCode"])
             container.reload()
-            row = {"stage": stage, "exit_code": code, "out_of_memory": bool(container.attrs["State"].get("OOMKilled"))}
-            with self._exits.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            return code
+            end["out_of_memory"] = bool(container.attrs["State"].get("OOMKilled"))
+        except docker.errors.DockerException as error:
+            end["error"] = " ".join(str(error).split())
+            print(f"{stage}: {end['error']}", flush=True)  # noqa: T201
         finally:
             self._running = None
-            container.remove(force=True, v=True)
+            if container is not None:
+                container.remove(force=True, v=True)
+        with self._exits.open("a") as file:
+            file.write(json.dumps(end) + "\n")
+        return int(end["exit_code"])
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: the running stage gets a SIGTERM, and its container ends with it."""

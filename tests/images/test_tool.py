@@ -223,3 +223,58 @@ def test_a_pinned_pipeline_without_digests(content: str | None, reason: str, tmp
 
 def test_sizes_as_buildah_prints_them() -> None:
     assert [parse_size(text) for text in ("319 MB", "6.42 GB", "512 B")] == [319_000_000, 6_420_000_000, 512]
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text("name: shapes\ndataset: {uri: data}\nmodel: {variant: pico}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "run", "--config", "config.yaml", *arguments],
+        cwd=folder,
+        env={"PATH": str(folder / "bin"), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_running_in_containers_without_an_engine(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "--in-containers")
+    assert code == 2
+    assert output == (
+        "error: no container tool: docker is not installed; podman is not installed (install one of docker, podman)\n"
+    )
+
+
+def test_running_in_containers_that_were_not_built(command: Command, tmp_path: Path) -> None:
+    command("push", "", tools=("docker",))  # makes the stand-in
+    trouble = {"absent": [f"rfdetr-pipeline/{stage.replace('_', '-')}:0.1.0" for stage in STAGES]}
+    code, output = run(tmp_path, "--in-containers", SAID=str(tmp_path / "said"), TROUBLE=json.dumps(trouble))
+    assert code == 2
+    assert (
+        output
+        == "error: no image rfdetr-pipeline/validate-dataset:0.1.0 on this machine (make images builds them all)\n"
+    )
+
+
+def test_containers_share_no_folder(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "--in-containers", "--root", "store")
+    assert code == 2
+    assert output == (
+        "error: --root: store is a folder, which containers do not share (give an s3:// prefix, or no --root)\n"
+    )
+
+
+def test_a_dataset_to_mount_that_does_not_exist(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "--in-containers", "--set", "dataset.uri=nowhere")
+    assert code == 2
+    assert output == f"error: dataset.uri: {tmp_path / 'nowhere'}: no such file or folder (check the path)\n"
+
+
+def test_limits_are_for_containers(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "--memory", "8g")
+    assert code == 2
+    assert output == "error: --cpus, --memory and --gpus are for containers (give --in-containers as well)\n"
