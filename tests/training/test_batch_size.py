@@ -86,6 +86,17 @@ class TestAutomaticBatch:
         assert sizes(result) == [1, 1, 2, 4, 8]
         assert (result.stopped_by, result.batch_size, result.grad_accum_steps) == ("target", 8, 1)
 
+    @pytest.mark.parameter("auto_batch_target_effective", "devices")
+    @pytest.mark.parametrize(("largest", "batch", "accum"), [(10_000, 16, 1), (6, 4, 4), (2, 2, 8)])
+    def test_the_target_is_that_of_each_device(
+        self, monkeypatch: pytest.MonkeyPatch, largest: int, batch: int, accum: int
+    ) -> None:
+        """With two of them an optimizer step sees twice as many images."""
+        fits_up_to(monkeypatch, largest)
+        found = [run(tiny.train_config(**AUTO, auto_batch_ema_headroom=1.0, devices=n)) for n in (1, 2)]
+        assert [(result.batch_size, result.grad_accum_steps) for result in found] == [(batch, accum)] * 2
+        assert [result.to_json()["effective_batch_size"] for result in found] == [16, 16]
+
     def test_stops_at_the_number_of_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fits_up_to(monkeypatch, 10_000)
         result = run(tiny.train_config(**AUTO), images=5)
@@ -176,6 +187,25 @@ class TestWorstCase:
         train = tiny.train_config(batch_size=2, auto_batch_max_targets_per_image=limit)
         assert run(train, max_boxes=max_boxes).targets_per_image == expected
         assert counts == [(expected, expected)] * 2
+
+    @pytest.mark.parameter("auto_batch_max_targets_per_image")
+    def test_more_targets_leave_room_for_fewer_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where memory is what the boxes of a batch fill."""
+
+        def step(engine: Engine, window: Any, **_: Any) -> dict[str, Any]:
+            if sum(window[0].counts) > 1000:
+                raise DeviceMemoryError("out of memory", hint="")
+            return {}
+
+        monkeypatch.setattr(Engine, "optimizer_step", step)
+        monkeypatch.setattr(module, "_on_cpu", lambda device: False)
+        found = {}
+        for limit in (10, 500):
+            train = tiny.train_config(**AUTO, auto_batch_ema_headroom=1.0, auto_batch_max_targets_per_image=limit)
+            result = run(train, max_boxes=700).to_json()
+            assert result["targets_per_image"] == limit
+            found[limit] = result["batch_size"]
+        assert found == {10: 64, 500: 2}
 
     @pytest.mark.parametrize(
         ("settings", "side"),
