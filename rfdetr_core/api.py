@@ -30,6 +30,7 @@ from rfdetr_core.config import EvaluateConfig, ExportConfig, ModelConfig, ModelS
 from rfdetr_core.config.train import MOVED_TO_MODEL
 from rfdetr_core.config.unbuilt import refuse_other_channels
 from rfdetr_core.data.loading import LoaderSettings
+from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.data.sample import draw_image
 from rfdetr_core.detector_files import as_weight_file, begin_from, read_detector, write_detector
 from rfdetr_core.errors import CheckpointError, ConfigError, StorageAccessError
@@ -38,6 +39,7 @@ from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.export.onnx import export_onnx
 from rfdetr_core.export.parity import check_parity
 from rfdetr_core.hardware import keep_freed_memory
+from rfdetr_core.models.linear import vouch_for
 from rfdetr_core.models.weight_file import read_weight_file
 from rfdetr_core.models.weights import TrainedModel
 from rfdetr_core.prediction import Picture, Prediction, predict_pictures
@@ -133,6 +135,7 @@ class RFDETR:
         section = self._architecture(architecture)
         refuse_other_channels(section, "training")
         job = job_in_folder(section, train, self._start())
+        _tell_lost_channel(section, job.dataset)
         result = train_detector(job)
         self._known = architecture
         self._use(checkpoint.load_trained(job.checkpoints / checkpoint.BEST_TOTAL), accelerator=train.accelerator)
@@ -148,7 +151,8 @@ class RFDETR:
         """Detections with a score above `threshold`: one Prediction of one image, a list of those of several.
 
         An image is a path, a Pillow image, an array (H, W, C) of uint8, RGB, or a tensor (C, H, W) in [0, 1]. The EXIF
-        orientation of the first two is applied. All are resampled as in training's evaluation.
+        orientation of the first two is applied, and they become grey or RGBA for a model of one or four channels. All
+        are resampled as in training's evaluation.
 
         Raises:
             ConfigError: no weights yet, a threshold outside 0 to 1, or something that is no image.
@@ -206,13 +210,15 @@ class RFDETR:
             StorageAccessError: the folder cannot be made, or not written.
         """
         trained, config = self._weights(), ExportConfig.parse(settings, source="export()")
-        refuse_other_channels(trained.config, "export")
         output = _path(output_dir, "output_dir")
         with local_errors("write", output):
             output.mkdir(parents=True, exist_ok=True)
         path = output / f"rfdetr-{self.variant}.onnx"
         side = trained.config.resolution
-        images = [draw_image(np.random.default_rng(seed), side, 6)[0] for seed in range(config.parity_images)]
+        drawn = [
+            np.asarray(draw_image(np.random.default_rng(seed), side, 6)[0]) for seed in range(config.parity_images)
+        ]
+        images = [image[..., np.arange(trained.config.num_channels) % 3] for image in drawn]
         with local_errors("write", output), tempfile.TemporaryDirectory(dir=output, prefix=".export-") as scratch:
             draft = Path(scratch) / path.name
             export_onnx(trained, draft, opset=config.opset, dynamic_batch=config.dynamic_batch)
@@ -286,7 +292,7 @@ class RFDETR:
         device = fabric_accelerator(accelerator)
         if device == "cpu":
             keep_freed_memory()  # as training does; it is of use to every forward pass
-        trained.module.to(device)
+        vouch_for(trained.module.to(device))  # it is ours alone, and training makes another one
         self._trained, self.config = trained, trained.config
 
 
@@ -294,6 +300,16 @@ def _path(value: Any, name: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise ConfigError(f"{name}: {type(value).__name__} is no path", hint="give a str or a pathlib.Path")
     return Path(value).expanduser()
+
+
+def _tell_lost_channel(model: ModelSection, dataset: PreparedDataset) -> None:
+    limit = dataset.document["options"]["train_short_side"]
+    if model.num_channels > 3 and limit is not None:
+        log.warning(
+            "%s was prepared for RGB: its images larger than %d px have lost their fourth channel",
+            dataset.folder,
+            limit,
+        )
 
 
 def _tell_unmatched(model: tuple[str, ...], dataset: tuple[str, ...]) -> None:

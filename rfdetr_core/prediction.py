@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from rfdetr_core.data.images import upright_rgb
-from rfdetr_core.data.transforms import MEAN, STD, preprocess, to_square
+from rfdetr_core.data.images import MODES, upright
+from rfdetr_core.data.transforms import preprocess
 from rfdetr_core.errors import ConfigError, DatasetError
+from rfdetr_core.models.linear import constant_weights
 from rfdetr_core.models.postprocess import postprocess
 from rfdetr_core.models.weights import TrainedModel
 
@@ -69,17 +69,16 @@ def predict_pictures(trained: TrainedModel, pictures: Sequence[Picture], thresho
         raise ConfigError(f"threshold: {threshold!r} is not allowed", hint="use 0 to 1")
     device = next(trained.module.parameters()).device
     found: list[Prediction] = []
-    for start in range(0, len(pictures), AT_ONCE):
-        batch = [
-            _network_input(picture, start + row, trained.config.resolution, trained.config.num_channels)
-            for row, picture in enumerate(pictures[start : start + AT_ONCE])
-        ]
-        inputs = torch.cat([pixels for pixels, _ in batch])  # (B, C, R, R)
-        sizes = torch.tensor([size for _, size in batch], device=device)  # (B, 2) height, width
-        with torch.inference_mode():
-            outputs = trained.module(inputs.to(device))
+    with torch.inference_mode(), constant_weights(trained.module):
+        for start in range(0, len(pictures), AT_ONCE):
+            batch = [
+                _network_input(picture, start + row, trained.config.resolution, trained.config.num_channels)
+                for row, picture in enumerate(pictures[start : start + AT_ONCE])
+            ]
+            sizes = torch.tensor([size for _, size in batch], device=device)  # (B, 2) height, width
+            outputs = trained.module(torch.cat([pixels for pixels, _ in batch]).to(device))  # of (B, C, R, R)
             rows = postprocess(outputs["pred_logits"], outputs["pred_boxes"], sizes, trained.config.num_select)
-        found += [_prediction(row, trained.class_names, threshold) for row in rows]
+            found += [_prediction(row, trained.class_names, threshold) for row in rows]
     return found
 
 
@@ -89,8 +88,8 @@ def _network_input(picture: Picture, index: int, resolution: int, channels: int)
         picture = _as_array(picture, index, channels)
     if isinstance(picture, np.ndarray):
         array = _checked_array(picture, index, channels)
-        if channels != _RGB:
-            return _preprocess_channels(array, resolution), (array.shape[0], array.shape[1])
+        if array.ndim == 3 and channels != _RGB:
+            return preprocess(array, resolution), (array.shape[0], array.shape[1])
         picture = Image.fromarray(array)
     image = _upright(picture, index, channels)
     return preprocess(image, resolution), (image.height, image.width)
@@ -124,23 +123,23 @@ def _checked_array(array: NDArray[Any], index: int, channels: int) -> NDArray[np
 
 
 def _upright(picture: Image.Image | str | os.PathLike[str], index: int, channels: int) -> Image.Image:
-    """RGB, with the EXIF orientation applied."""
+    """In the model's channels, with the EXIF orientation applied."""
     if not isinstance(picture, (Image.Image, str, os.PathLike)):
         kind = type(picture).__name__
         raise ConfigError(
             f"images[{index}]: {kind} is no picture", hint="give a path, a Pillow image, an array or a tensor"
         )
-    if channels != _RGB:
+    if channels not in MODES:
         raise ConfigError(
-            f"images[{index}]: files and Pillow images are read as RGB, the model takes {channels} channels",
+            f"images[{index}]: files and Pillow images are grey, RGB or RGBA, the model takes {channels} channels",
             hint=f"give an array (height, width, {channels}) of uint8",
         )
     try:
         if isinstance(picture, Image.Image):
-            image = upright_rgb(picture)
+            image = upright(picture, channels)
         else:
             with Image.open(picture) as file:
-                image = upright_rgb(file)
+                image = upright(file, channels)
         if not image.width or not image.height:
             raise ValueError(f"{image.width} x {image.height} pixels")
     except Exception as error:  # Pillow's decoders let a broken file raise whatever it leads them to
@@ -148,18 +147,6 @@ def _upright(picture: Image.Image | str | os.PathLike[str], index: int, channels
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DatasetError(f"{name}: cannot be read: {reason}", hint="give a picture that Pillow opens") from error
     return image
-
-
-def _preprocess_channels(array: NDArray[np.uint8], resolution: int) -> Tensor:
-    """`preprocess` for (H, W, C) or (H, W): the same resampling, channel by channel.
-
-    ImageNet's mean and std are repeated cyclically (model spec section 8).
-    """
-    channels = np.atleast_3d(array).transpose(2, 0, 1)  # (C, H, W)
-    resized = [to_square(Image.fromarray(np.ascontiguousarray(channel)), resolution) for channel in channels]
-    pixels = torch.from_numpy(np.stack(resized)[None])  # (1, C, R, R)
-    mean, std = (torch.tensor([*islice(cycle(row), len(channels))]).view(-1, 1, 1) for row in (MEAN, STD))
-    return pixels.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 
 def _prediction(row: dict[str, Tensor], names: tuple[str, ...], threshold: float) -> Prediction:

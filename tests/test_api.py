@@ -555,22 +555,72 @@ class TestEvaluate:
             model.evaluate(dataset_dir=coco, **keywords)
 
 
-class TestOtherChannels:
-    """Prediction takes them (tests/test_prediction.py); what reads image files does not."""
+@pytest.fixture(scope="module")
+def seen_by_alpha(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PNG files; alpha differs from image to image."""
+    folder = tmp_path_factory.mktemp("alpha") / "coco"
+    shutil.copytree(coco, folder)
+    for split in ("train", "valid", "test"):
+        for i, path in enumerate(sorted((folder / split).glob("*.jpg"))):
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+            image.putalpha(20 * i + 5)
+            image.save(path, "PNG")
+    return folder
 
-    def test_training_evaluation_and_export_are_refused(self, coco: Path, tmp_path: Path) -> None:
-        path = tmp_path / "rgb.pth"
-        torch.save({"model": detector.RFDETR(tiny.model_config()).state_dict()}, path)
-        model = RFDETRPico(pretrain_weights=path, num_channels=4, **ARCHITECTURE)
-        assert model.predict(np.zeros((40, 50, 4), np.uint8), threshold=0).boxes.shape[1] == 4
+
+class TestOtherChannels:
+    """Image files are read as grey for one channel, as RGBA for four; of other counts they cannot be."""
+
+    @pytest.mark.parametrize("channels", [1, 4])
+    def test_train_evaluate_export_predict(self, seen_by_alpha: Path, tmp_path: Path, channels: int) -> None:
+        model = RFDETRPico(**ARCHITECTURE, num_channels=channels)
+        model.train(dataset_dir=seen_by_alpha, output_dir=tmp_path / "out", **{**SETTINGS, "batch_size": "auto"})
+        assert model._trained.module.backbone[0].encoder.encoder.embeddings.patch_embeddings.projection.in_channels == (
+            channels
+        )
+        metrics = model.evaluate(dataset_dir=seen_by_alpha, split="valid", num_workers=0)
+        (best,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        assert metrics.map in (
+            pytest.approx(best["val/mAP_50_95"], abs=1e-9),
+            pytest.approx(best["val/ema_mAP_50_95"], abs=1e-9),
+        )
+        again = RFDETR.from_checkpoint(model.save(tmp_path / "saved.pth"))
+        path = pictures(seen_by_alpha)[0]
+        found = again.predict(path, threshold=0)
+        with Image.open(path) as image:
+            opaque = image.convert("RGB")
+            assert_same(found, model.predict(image, threshold=0))
+        same = np.isclose(found.scores[0], model.predict(opaque, threshold=0).scores[0], atol=1e-6)
+        assert same == (channels == 1)  # a fourth channel is seen
+        exported = open_session(model.export(tmp_path / "exported"))
+        assert exported.get_inputs()[0].shape == ["batch", channels, 32, 32]
+        metadata = exported.get_modelmeta().custom_metadata_map
+        assert len(json.loads(metadata["mean"])) == len(json.loads(metadata["std"])) == channels
+        assert {1: "; L,", 4: "; RGBA,"}[channels] in metadata["resize"]
+
+    def test_a_dataset_that_was_reduced_has_lost_the_fourth_channel(
+        self, coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path / "rgb", **SETTINGS)
+        (reduced,) = (tmp_path / "rgb" / "dataset").iterdir()
+        for channels, told in ((3, False), (4, True)):
+            caplog.clear()
+            model = RFDETRPico(**ARCHITECTURE, num_channels=channels)
+            model.train(dataset_dir=reduced, output_dir=tmp_path / str(channels), **SETTINGS)
+            assert ("images larger than 600 px have lost their fourth channel" in caplog.text) == told
+
+    def test_other_counts_are_refused_where_files_are_read(self, coco: Path, weights: Path, tmp_path: Path) -> None:
+        model = RFDETRPico(pretrain_weights=weights, num_channels=5, **ARCHITECTURE)
+        assert model.predict(np.zeros((40, 50, 5), np.uint8), threshold=0).boxes.shape[1] == 4
         for what, call in (
             ("training", lambda: model.train(dataset_dir=coco, output_dir=tmp_path / "out", **SETTINGS)),
             ("evaluation", lambda: model.evaluate(dataset_dir=coco)),
-            ("export", lambda: model.export(tmp_path / "out")),
         ):
-            with pytest.raises(ConfigError, match=f"model.num_channels: 4 does not go with {what}"):
+            with pytest.raises(ConfigError, match=f"model.num_channels: 5 does not go with {what}"):
                 call()
         assert not (tmp_path / "out").exists()
+        assert open_session(model.export(tmp_path)).get_inputs()[0].shape == ["batch", 5, 32, 32]
 
 
 class TestRefusals:

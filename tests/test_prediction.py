@@ -246,15 +246,32 @@ class TestOtherChannels:
         found(hooked, image)
         torch.testing.assert_close(seen[0][:, :3], seen[-1])
 
-    def test_one(self, image: Image.Image) -> None:
+    def test_grey_arrays(self, image: Image.Image) -> None:
         trained, grey = detector(num_channels=1), np.asarray(image.convert("L"))
         assert_same(found(trained, grey), found(trained, grey[..., None]))
 
-    def test_files_are_refused(self, image: Image.Image, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+    def test_files_and_pictures(self, image: Image.Image, tmp_path: Path, channels: int, mode: str) -> None:
+        """Grey or RGBA, whatever they are; turned upright; the same as the array and the tensor."""
+        trained = detector(num_channels=channels)
+        opacity = image.convert("RGBA")
+        opacity.putalpha(image.convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        for picture in (image, opacity, image.convert("L"), image.convert("P")):
+            array = np.asarray(picture.convert(mode) if picture.mode != "P" else picture.convert("RGBA").convert(mode))
+            expected = found(trained, array)
+            (tmp_path / "a.png").write_bytes(as_file(picture, "PNG"))
+            (tmp_path / "b.png").write_bytes(turned(picture))
+            tensor = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1) / 255
+            for form in (picture, tmp_path / "a.png", tmp_path / "b.png", tensor):
+                assert_same(found(trained, form), expected)
+        best = [found(trained, picture).scores[0] for picture in (opacity, image)]
+        assert np.isclose(*best, atol=1e-6) == (channels == 1)
+
+    def test_files_are_refused_where_they_have_no_such_form(self, image: Image.Image, tmp_path: Path) -> None:
         image.save(tmp_path / "a.png")
         for picture in (image, tmp_path / "a.png"):
-            text = refusal(detector(num_channels=4), picture, ConfigError)
-            assert "read as RGB, the model takes 4 channels (give an array (height, width, 4) of uint8)" in text
+            text = refusal(detector(num_channels=5), picture, ConfigError)
+            assert "are grey, RGB or RGBA, the model takes 5 channels (give an array (height, width, 5)" in text
 
     def test_arrays_of_another_count_are_refused(self) -> None:
         text = refusal(detector(num_channels=4), np.zeros((8, 8, 3), np.uint8), ConfigError)

@@ -41,7 +41,7 @@ def body(context: StageContext) -> None:
     )
     split = PreparedDataset(context.prepared_dataset()).split(context.config.evaluate.split)
     chosen = np.unique(np.linspace(0, len(split) - 1, settings.parity_images).round().astype(int))
-    images = [split.decode(int(i)) for i in chosen]
+    images = [split.decode(int(i), channels=trained.config.num_channels) for i in chosen]
     parity = check_parity(trained, path, images, dynamic_batch=settings.dynamic_batch, tolerance=settings.tolerance)
     latency = measure_latency(trained, path)
     log.info(

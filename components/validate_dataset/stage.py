@@ -36,6 +36,7 @@ STAGE = Stage(
         "model.resolution",
         "model.patch_size",
         "model.num_windows",
+        "model.num_channels",
         "model.pretrain_weights",
         "model.encoder",
         "model.hidden_dim",

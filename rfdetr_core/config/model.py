@@ -161,7 +161,7 @@ class ModelSection(Config):
     num_classes: Int | None = Field(default=None, ge=1)
     """Classes; the head has one more column. Null: as many as the dataset has."""
     num_channels: Int = Field(default=3, ge=1)
-    """Image channels."""
+    """Image channels: image files are read as grey for 1, RGB for 3, RGBA for 4; others only predict, from arrays."""
     two_stage: Bool = True
     """References from the encoder's best tokens, instead of a learned table."""
     bbox_reparam: Bool = True

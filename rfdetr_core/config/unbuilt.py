@@ -75,15 +75,15 @@ def refuse_unbuilt(config: Config, section: str) -> None:
 
 
 def refuse_other_channels(model: ModelSection, what: str) -> None:
-    """Refuse to train, evaluate or export a model of other than three channels: image files are read as RGB.
+    """Refuse what reads image files for a model of other than one, three or four channels.
 
     Raises:
-        ConfigError: model.num_channels is not 3.
+        ConfigError: model.num_channels is another number.
     """
-    if model.num_channels != 3:
+    if model.num_channels not in (1, 3, 4):
         raise ConfigError(
-            f"model.num_channels: {model.num_channels} does not go with {what}: image files are read as RGB",
-            hint="use 3; prediction alone takes arrays of other channel counts",
+            f"model.num_channels: {model.num_channels} does not go with {what}: image files are grey, RGB or RGBA",
+            hint="use 1, 3 or 4; prediction alone takes arrays of other channel counts",
         )
 
 

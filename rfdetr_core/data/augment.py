@@ -1,6 +1,7 @@
 """What the entries of `train.aug_config` do to an image and its boxes (training spec 3.5).
 
-Images are uint8 tensors (3, H, W) and stay of that size; boxes are x1, y1, x2, y2 in pixels, 0 at the left edge of
+Images are uint8 tensors (C, H, W) and stay of that size; a change of colours sees grey as RGB, and leaves a fourth
+channel alone; boxes are x1, y1, x2, y2 in pixels, 0 at the left edge of
 the first pixel. A transform that moves pixels is one 3 x 3 matrix, applied to both: the pixels are resampled
 bilinearly, the four corners of a box are moved exactly and the box becomes their hull. Every random number comes
 from the generator that is handed in.
@@ -31,7 +32,7 @@ _INWARDS = 0.3
 
 
 class _Sample(NamedTuple):
-    image: Tensor  # (3, H, W) uint8
+    image: Tensor  # (C, H, W) uint8, C 1, 3 or 4
     boxes: NDArray[np.float64]  # (n, 4) x1 y1 x2 y2 in pixels
     rows: NDArray[Any]  # (n,) which of the given boxes these are
 
@@ -47,10 +48,10 @@ def augment(
     """Apply the augmentations in their order, each with its own probability.
 
     Args:
-        pixels: (H, W, 3).
+        pixels: (H, W, C), C 1 (grey), 3 or 4 (RGBA).
         boxes: (n, 4) cx cy w h in [0, 1].
 
-    Returns the pixels, (H, W, 3) again; the boxes (m, 4) of which something is left in the image, clipped to it; and
+    Returns the pixels, (H, W, C) again; the boxes (m, 4) of which something is left in the image, clipped to it; and
     their rows among those given.
     """
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -87,7 +88,14 @@ def _applied(sample: _Sample, entry: Augmentation, rng: Random) -> _Sample:
     if entry.name in _FLIPS:
         flip, mirror = _FLIPS[entry.name]
         return sample._replace(image=flip(sample.image), boxes=mirror(sample.boxes, sample.size))
-    return sample._replace(image=_COLOURS[entry.name](sample.image, entry.values, rng))
+    return sample._replace(image=_coloured(sample.image, entry, rng))
+
+
+def _coloured(image: Tensor, entry: Augmentation, rng: Random) -> Tensor:
+    channels = len(image)
+    rgb = image.expand(3, -1, -1) if channels == 1 else image[:3]
+    changed = _COLOURS[entry.name](rgb, entry.values, rng)
+    return changed if channels == 3 else torch.cat([changed, image[3:]])[:channels]
 
 
 # ---- transforms that move pixels --------------------------------------------------------------------------
@@ -101,12 +109,17 @@ def _moved(sample: _Sample, matrix: Matrix, values: Values) -> _Sample:
         None,
         None,
         interpolation=InterpolationMode.BILINEAR,
-        fill=list(values.get("fill", (0.0, 0.0, 0.0))),
+        fill=_fill(values.get("fill", (0.0, 0.0, 0.0)), len(sample.image)),
         coefficients=(back / back[2, 2]).ravel()[:8].tolist(),
     )
     hulls = np.clip(hull(sample.boxes, matrix), 0.0, [*sample.size, *sample.size])
     left = np.flatnonzero((hulls[:, 2] > hulls[:, 0]) & (hulls[:, 3] > hulls[:, 1]))
     return _Sample(image, hulls[left], sample.rows[left])
+
+
+def _fill(rgb: tuple[float, float, float], channels: int) -> list[float]:
+    """The colour behind the image: of grey its mean; transparent."""
+    return [sum(rgb) / 3.0] if channels == 1 else [*rgb, 0.0][:channels]
 
 
 def hull(boxes: NDArray[np.float64], matrix: Matrix) -> NDArray[np.float64]:

@@ -17,12 +17,13 @@ from rfdetr_core.data.images import decode_image
 
 Pixels = NDArray[np.uint8]
 
+_RGB = 3
 _PLAIN = ("YCbCr", "Gray", "RGB")
 _REDUCTIONS = (8, 4, 2)  # what the transform of a JPEG block can leave out; other fractions gain nothing
 
 
-def decode_for_training(data: bytes, orientation: int, *, at_least: int) -> Pixels:
-    """Decode to upright RGB, (H, W, 3).
+def decode_for_training(data: bytes, orientation: int, *, at_least: int, channels: int = 3) -> Pixels:
+    """Decode to upright RGB, (H, W, 3), or to another number of channels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay `at_least` pixels long.
 
@@ -32,9 +33,9 @@ def decode_for_training(data: bytes, orientation: int, *, at_least: int) -> Pixe
     Raises:
         Exception: whatever Pillow raises of a broken file.
     """
-    stored = _plain_jpeg(data, at_least)
+    stored = _plain_jpeg(data, at_least) if channels == _RGB else None
     if stored is None:
-        return np.array(decode_image(data, orientation, at_least=at_least))
+        return np.atleast_3d(np.array(decode_image(data, orientation, channels=channels, at_least=at_least)))
     return np.ascontiguousarray(_UPRIGHT[orientation](stored)) if orientation in _UPRIGHT else stored
 
 

@@ -1,4 +1,7 @@
-"""From encoded bytes to upright RGB pixels: the one decoder of validation, training and evaluation."""
+"""From encoded bytes to upright pixels: the one decoder of validation, training and evaluation.
+
+A picture becomes RGB, or what else a detector takes: `MODES`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ SWAPS_AXES = frozenset({5, 6, 7, 8})
 REVERSES_X = frozenset({2, 3, 6, 7})
 REVERSES_Y = frozenset({3, 4, 7, 8})
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""How image files are read for a detector of so many channels, by Pillow's name; there are no others."""
+
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -24,8 +30,8 @@ _UPRIGHT = {
 }
 
 
-def decode_image(data: bytes, orientation: int, *, at_least: int | None = None) -> Image.Image:
-    """Decode to RGB, upright.
+def decode_image(data: bytes, orientation: int, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
+    """Decode to RGB, or to another number of channels, upright.
 
     `orientation` is the EXIF orientation that the index holds (1: as stored). With `at_least`, a JPEG may be
     decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay that many pixels long: for training only.
@@ -34,7 +40,7 @@ def decode_image(data: bytes, orientation: int, *, at_least: int | None = None) 
     if at_least is not None:
         image.draft("RGB", (at_least, at_least))
     image.load()
-    return _turned(to_rgb(image), orientation)
+    return _turned(to_channels(image, channels), orientation)
 
 
 def why_unreadable(error: Exception, data: bytes) -> str:
@@ -46,8 +52,8 @@ def why_unreadable(error: Exception, data: bytes) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """RGB as it is displayed: its own EXIF orientation is applied.
+def upright(image: Image.Image, channels: int = 3) -> Image.Image:
+    """The picture in so many channels as it is displayed: its own EXIF orientation is applied.
 
     Raises:
         ValueError: pixels without a fixed range (32-bit integers, floats), or a mode that has no RGB.
@@ -55,7 +61,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     image.load()
     orientation = orientation_of(image)
-    return _turned(to_rgb(image), orientation)
+    return _turned(to_channels(image, channels), orientation)
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -63,23 +69,31 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits. Transparency is dropped, of 16 bits the upper 8 are kept.
+    """`to_channels` for three."""
+    return to_channels(image, 3)
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits; of 16 bits the upper 8 are kept.
+
+    Transparency is dropped where it has no channel, and where a picture has none, the fourth is 255.
 
     Raises:
         ValueError: pixels without a fixed range (32-bit integers, floats).
     """
-    if image.mode == "RGB":
+    mode = MODES[channels]
+    if image.mode == mode:
         return image
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: almost every 16-bit picture would be white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed range: save it with 8 or 16 bits")
-    if image.mode in ("P", "PA"):
+    elif image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palette entries
-    if image.mode == "La":
-        image = image.convert("LA")  # Pillow knows no other way out of it
-    return image.convert("RGB")
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode[:-1] + "A")  # Pillow knows no other way out of premultiplied colours
+    return image.convert(mode)
 
 
 def orientation_of(image: Image.Image) -> int:

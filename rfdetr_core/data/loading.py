@@ -47,7 +47,7 @@ Decoded = TypeVar("Decoded")
 class Item(NamedTuple):
     """One image on its way into a batch."""
 
-    pixels: NDArray[np.uint8]  # (H, W, 3)
+    pixels: NDArray[np.uint8]  # (H, W, C)
     boxes: NDArray[np.float32]  # (n, 4) cx cy w h in [0, 1] of these pixels
     labels: NDArray[np.int64]  # (n,)
     image: int  # position in the split's table
@@ -62,7 +62,7 @@ class Batch:
     itself, not to the padded extent (model spec 4.1).
     """
 
-    pixels: Tensor  # (B, 3, H, W) uint8
+    pixels: Tensor  # (B, C, H, W) uint8
     boxes: Tensor  # (N, 4) float32, cx cy w h in [0, 1]
     labels: Tensor  # (N,) int64
     counts: tuple[int, ...]  # boxes of each image
@@ -92,7 +92,7 @@ class Batch:
         return replace(self, **pinned)
 
     def on(self, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The network's input (B, 3, H, W) float32, 0 on padding, and one target dict (labels, boxes) per image."""
+        """The network's input (B, C, H, W) float32, 0 on padding, and one target dict (labels, boxes) per image."""
         pixels = normalise(self.pixels.to(device, non_blocking=True))
         mask = self.mask_on(device)
         if mask is not None:
@@ -105,8 +105,8 @@ class Batch:
 class _Images(Dataset[Any]):
     """Decoding with errors for people; `__getitem__` raises them, the data loader gets them as a value."""
 
-    def __init__(self, split: PreparedSplit, purpose: str) -> None:
-        self._split, self._purpose = split, purpose
+    def __init__(self, split: PreparedSplit, purpose: str, channels: int) -> None:
+        self._split, self._purpose, self._channels = split, purpose, channels
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Item] | RFDETRError:
         """What a DataLoader asks for: the items of a batch, or why there are none (see `BatchLoader`)."""
@@ -116,7 +116,7 @@ class _Images(Dataset[Any]):
             return error
 
     def _decoded(self, image: int, decode: Callable[[bytes, int], Decoded]) -> Decoded | str:
-        """One image, RGB and upright; or why it cannot be read. A damaged shard is an error in itself."""
+        """One image, upright; or why it cannot be read. A damaged shard is an error in itself."""
         data = self._split.read_bytes(image)
         try:
             return decode(data, int(self._split.index.orientations[image]))
@@ -148,6 +148,7 @@ class TrainImages(_Images):
         aug_config: augmentations in the vocabulary of `rfdetr_core.config.augment`, after the resize.
         square: resample to a square; otherwise the shorter side becomes the drawn one, of at most 1333 px.
         skip_corrupt: unreadable images that one item may pass over, taking others in their place.
+        channels: 1 reads them as grey, 3 as RGB, 4 as RGBA.
     """
 
     def __init__(
@@ -160,8 +161,9 @@ class TrainImages(_Images):
         aug_config: AugConfig | None = None,
         square: bool = True,
         skip_corrupt: int = 0,
+        channels: int = 3,
     ) -> None:
-        super().__init__(split, "training")
+        super().__init__(split, "training", channels)
         self._seed, self._scale_jitter, self._flip = seed, scale_jitter, flip
         self._augmentations = parse_augmentations(aug_config)
         self._square, self._skip_corrupt = square, skip_corrupt
@@ -194,7 +196,8 @@ class TrainImages(_Images):
         # The window ends at `size` pixels: decode no more than what the resampling can use.
         shrink = max(size[0] / view.width, size[1] / view.height)
         needed = math.ceil(shrink * min(width, height))
-        decoded = self._decoded(draw.image, partial(decode_for_training, at_least=needed))
+        decode = partial(decode_for_training, at_least=needed, channels=self._channels)
+        decoded = self._decoded(draw.image, decode)
         if isinstance(decoded, str):
             return decoded
         boxes, labels = self._targets(draw.image)
@@ -231,15 +234,15 @@ def _on_decoded(
 class EvalImages(_Images):
     """Images as evaluation, prediction and parity see them: the whole image, to the square."""
 
-    def __init__(self, split: PreparedSplit, resolution: int) -> None:
-        super().__init__(split, "evaluation")
+    def __init__(self, split: PreparedSplit, resolution: int, channels: int = 3) -> None:
+        super().__init__(split, "evaluation", channels)
         self._resolution = resolution
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, image: int) -> Item:
-        decoded = self._decoded(image, decode_image)
+        decoded = self._decoded(image, partial(decode_image, channels=self._channels))
         if isinstance(decoded, str):
             raise self._unreadable(image, decoded)
         table = self._split.table
@@ -254,7 +257,8 @@ def collate(items: Sequence[Item], multiple: int = 1) -> Batch:
     sizes = tuple(item.pixels.shape[:2] for item in items)
     height, width = (math.ceil(max(side) / multiple) * multiple for side in zip(*sizes, strict=True))
     padded = any(size != (height, width) for size in sizes)
-    pixels = (np.zeros if padded else np.empty)((len(items), 3, height, width), dtype=np.uint8)
+    shape = (len(items), items[0].pixels.shape[2], height, width)
+    pixels = (np.zeros if padded else np.empty)(shape, dtype=np.uint8)
     for target, item, (h, w) in zip(pixels, items, sizes, strict=True):
         target[:, :h, :w] = item.pixels.transpose(2, 0, 1)
     return Batch(
@@ -384,6 +388,7 @@ def train_loader(
     square: bool = True,
     multiple: int = 1,
     skip_corrupt: int = 0,
+    channels: int = 3,
 ) -> DataLoader[Any]:
     """Augmented batches in the sampler's order; see `TrainImages`.
 
@@ -401,16 +406,24 @@ def train_loader(
         aug_config=aug_config,
         square=square,
         skip_corrupt=skip_corrupt,
+        channels=channels,
     )
     return BatchLoader(images, batch_sampler=sampler, **settings.keywords(device, multiple))
 
 
 def eval_loader(
-    split: PreparedSplit, settings: LoaderSettings, device: torch.device, *, resolution: int, batch_size: int
+    split: PreparedSplit,
+    settings: LoaderSettings,
+    device: torch.device,
+    *,
+    resolution: int,
+    batch_size: int,
+    channels: int = 3,
 ) -> DataLoader[Any]:
     """Every image once, in the table's order.
 
     Raises:
         DatasetError: from the iteration: an image that cannot be read.
     """
-    return BatchLoader(EvalImages(split, resolution), batch_size=batch_size, **settings.keywords(device))
+    images = EvalImages(split, resolution, channels)
+    return BatchLoader(images, batch_size=batch_size, **settings.keywords(device))

@@ -288,9 +288,9 @@ class PreparedSplit:
         if hasattr(self, "_descriptors"):  # not if the constructor raised
             self.close()
 
-    def decode(self, image: int, *, at_least: int | None = None) -> Image.Image:
-        """One image, RGB and upright."""
-        return decode_image(self.read_bytes(image), int(self.index.orientations[image]), at_least=at_least)
+    def decode(self, image: int, *, channels: int = 3) -> Image.Image:
+        """One image, RGB or of another number of channels, and upright."""
+        return decode_image(self.read_bytes(image), int(self.index.orientations[image]), channels=channels)
 
 
 class PreparedDataset:

@@ -57,7 +57,10 @@ def grid(batch: Batch, class_names: Sequence[str]) -> Image.Image:
     starts = np.cumsum([0, *batch.counts])
     for i in range(min(_SIDE * _SIDE, len(batch.counts))):
         height, width = batch.sizes[i] if batch.sizes else batch.pixels.shape[-2:]
-        image = Image.fromarray(batch.pixels[i, :, :height, :width].permute(1, 2, 0).contiguous().numpy())
+        pixels = batch.pixels[i, :3, :height, :width].expand(
+            3, -1, -1
+        )  # grey becomes RGB, a fourth channel is not seen
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         scale = _CELL / max(image.size)
         image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
         rows = slice(starts[i], starts[i + 1])

@@ -27,6 +27,11 @@ def configured_scales(model: ModelSection, train: TrainConfig) -> list[int]:
     )
 
 
-def largest_useful_short_side(model: ModelSection, train: TrainConfig) -> int:
-    """Pixels of the shorter side beyond which training sees nothing more of an image (DESIGN section 5)."""
+def largest_useful_short_side(model: ModelSection, train: TrainConfig) -> int | None:
+    """Pixels of the shorter side beyond which training sees nothing more of an image (DESIGN section 5).
+
+    None for a detector of four channels: an image that is reduced to it becomes a JPEG, which has three.
+    """
+    if model.num_channels > 3:
+        return None
     return max(*configured_scales(model, train), *CROP_SHORT_SIDES)

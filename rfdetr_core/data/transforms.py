@@ -1,11 +1,13 @@
 """From an image and its boxes to what the network sees: one resampling, uint8 until the device.
 
-Evaluation, prediction, parity and the ONNX example share one pre-processing (DESIGN section 5): RGB, upright,
-Pillow bilinear (antialiased) to the square, /255, mean and std. Training adds random crop and flip.
+Evaluation, prediction, parity and the ONNX example share one pre-processing (DESIGN section 5): RGB (or what else
+the detector takes), upright, Pillow bilinear (antialiased) to the square, /255, mean and std. Training adds random
+crop and flip.
 """
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,22 +54,29 @@ def _run_of_pixels(start: float, length: float, limit: int) -> tuple[int, int]:
 
 
 def resample(pixels: NDArray[np.uint8], size: tuple[int, int], view: View) -> NDArray[np.uint8]:
-    """Resample a window of whole pixels of (H, W, 3) to `size` = (width, height): (height, width, 3).
+    """Resample a window of whole pixels of (H, W, C) to `size` = (width, height): (height, width, C).
 
     Bilinear with antialias by torch, for training: Pillow's filter within one of 256 levels in a third of the time.
     """
     left, top = int(view.left), int(view.top)
     window = pixels[top : top + int(view.height), left : left + int(view.width)]
     if window.shape[:2] != (size[1], size[0]):
-        source = torch.from_numpy(window).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+        source = torch.from_numpy(window).permute(2, 0, 1)[None]  # (1, C, h, w), channels last in memory
         resized = F.interpolate(source, size=(size[1], size[0]), mode="bilinear", antialias=True)
         window = resized[0].permute(1, 2, 0).numpy()
     return window[:, ::-1] if view.flip else window
 
 
-def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
-    """Resample the whole image to (side, side, 3) uint8."""
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+def to_square(picture: Image.Image | NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resample a whole picture, an image or an array (H, W, C), to (side, side, C) uint8; each channel by itself."""
+    if isinstance(picture, np.ndarray):
+        bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(picture.shape[2])]
+    elif picture.mode == "RGB":
+        bands = [picture]
+    else:
+        bands = list(picture.split())  # of RGBA as a whole, Pillow would weight the colours by their alpha
+    resized = [np.asarray(band.resize((side, side), Image.Resampling.BILINEAR)) for band in bands]
+    return resized[0] if resized[0].ndim == 3 else np.stack(resized, axis=2)
 
 
 def aspect_size(view: View, side: int) -> tuple[int, int]:
@@ -81,16 +90,20 @@ def aspect_size(view: View, side: int) -> tuple[int, int]:
     return max(1, round(view.width * scale)), max(1, round(view.height * scale))
 
 
+def mean_and_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's, per channel; repeated cyclically where there are more, or fewer, than three (model spec 8)."""
+    return tuple(islice(cycle(MEAN), channels)), tuple(islice(cycle(STD), channels))
+
+
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to the network's float32 input: /255, then ImageNet's mean and std."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    """uint8 (B, C, H, W) to the network's float32 input: /255, then mean and std."""
+    mean, std = (torch.tensor(row, device=images.device).view(-1, 1, 1) for row in mean_and_std(images.shape[1]))
     return images.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 
-def preprocess(image: Image.Image, resolution: int) -> Tensor:
-    """The one pre-processing: an upright RGB image to the network's input (1, 3, R, R)."""
-    pixels = torch.from_numpy(to_square(image, resolution).copy())
+def preprocess(picture: Image.Image | NDArray[np.uint8], resolution: int) -> Tensor:
+    """The one pre-processing: an upright picture of C channels to the network's input (1, C, R, R)."""
+    pixels = torch.from_numpy(to_square(picture, resolution).copy())
     return normalise(pixels.permute(2, 0, 1)[None])
 
 

@@ -34,7 +34,14 @@ def evaluate_model(
     and those of a class that the split does not have are dropped.
     """
     module = trained.module.to(device)
-    batches = eval_loader(split, loading, device, resolution=trained.config.resolution, batch_size=batch_size)
+    batches = eval_loader(
+        split,
+        loading,
+        device,
+        resolution=trained.config.resolution,
+        batch_size=batch_size,
+        channels=trained.config.num_channels,
+    )
     with worker_errors():
         detections = predict_split(
             module,

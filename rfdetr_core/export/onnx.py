@@ -12,7 +12,8 @@ from torch.jit._trace import TracerWarning
 from torch.onnx.errors import OnnxExporterError, OnnxExporterWarning
 
 from rfdetr_core import __version__
-from rfdetr_core.data.transforms import MEAN, STD
+from rfdetr_core.data.images import MODES
+from rfdetr_core.data.transforms import mean_and_std
 from rfdetr_core.errors import ExportError
 from rfdetr_core.models.detector import prepare_for_export
 from rfdetr_core.models.weights import TrainedModel
@@ -23,7 +24,7 @@ INPUT, OUTPUTS = "input", ("dets", "labels")
 def export_onnx(trained: TrainedModel, path: Path, *, opset: int, dynamic_batch: bool) -> None:
     """Write the detector as ONNX.
 
-    Input `input` (B, 3, R, R) float32, normalised RGB; outputs `dets` (B, Q, 4) cx, cy, w, h in [0, 1] and
+    Input `input` (B, channels, R, R) float32, normalised; outputs `dets` (B, Q, 4) cx, cy, w, h in [0, 1] and
     `labels` (B, Q, C + 1) raw logits. B is 1, or open with `dynamic_batch`. The file passes onnx's checker.
     `trained` stays as it is, and where it is.
 
@@ -42,7 +43,7 @@ def export_onnx(trained: TrainedModel, path: Path, *, opset: int, dynamic_batch:
 def _write(trained: TrainedModel, path: Path, opset: int, dynamic_batch: bool) -> None:
     side = trained.config.resolution
     module = prepare_for_export(trained.module, side, side).cpu()
-    example = torch.zeros((1, 3, side, side))
+    example = torch.zeros((1, trained.config.num_channels, side, side))
     axes = {name: {0: "batch"} for name in (INPUT, *OUTPUTS)} if dynamic_batch else None
     with torch.no_grad(), warnings.catch_warnings():
         # The tracer warns of every Python number that it fixes (level shapes, by intent) and of its own age.
@@ -69,12 +70,15 @@ def _write(trained: TrainedModel, path: Path, opset: int, dynamic_batch: bool) -
 
 
 def _metadata(trained: TrainedModel) -> dict[str, str]:
+    mean, std = mean_and_std(trained.config.num_channels)
+    channels = MODES.get(trained.config.num_channels, f"{trained.config.num_channels} channels")
     return {
         "class_names": json.dumps(list(trained.class_names)),
         "resolution": str(trained.config.resolution),
-        "mean": json.dumps(MEAN),
-        "std": json.dumps(STD),
-        "resize": "Pillow bilinear with antialias to the square, aspect not kept; RGB, EXIF orientation applied",
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "resize": "Pillow bilinear with antialias to the square, aspect not kept; "
+        f"{channels}, EXIF orientation applied",
         "num_select": str(trained.config.num_select),
         "variant": trained.config.variant,
         "rfdetr_core": __version__,

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from rfdetr_core.data.transforms import preprocess
 from rfdetr_core.errors import ExportError
 from rfdetr_core.export.onnx import INPUT, OUTPUTS
+from rfdetr_core.models.linear import constant_weights
 from rfdetr_core.models.weights import TrainedModel
 
 TIMED_RUNS = 20
@@ -53,9 +54,14 @@ def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def check_parity(
-    trained: TrainedModel, path: Path, images: Sequence[Image.Image], *, dynamic_batch: bool, tolerance: float
+    trained: TrainedModel,
+    path: Path,
+    images: Sequence[Image.Image | NDArray[np.uint8]],
+    *,
+    dynamic_batch: bool,
+    tolerance: float,
 ) -> Parity:
-    """Run the images through both, one by one and, with `dynamic_batch`, all at once.
+    """Run upright pictures of the model's channels through both, one by one and, with `dynamic_batch`, all at once.
 
     Queries start from the tokens of the highest scores. Among hundreds of scores some differ by less than
     float32 resolves, so that two correct programs may rank them differently, and give query i what the other
@@ -132,7 +138,7 @@ def _difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> fl
 
 
 def run(session: onnxruntime.InferenceSession, batch: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """dets (B, Q, 4) and labels (B, Q, C + 1) of a normalised batch (B, 3, R, R)."""
+    """dets (B, Q, 4) and labels (B, Q, C + 1) of a normalised batch (B, C, R, R)."""
     return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {INPUT: batch}), strict=True))
 
 
@@ -140,9 +146,9 @@ def measure_latency(trained: TrainedModel, path: Path) -> dict[str, Any]:
     """Milliseconds per image at batch 1 on the CPU, ONNX Runtime and PyTorch alternating in one run."""
     session, module = open_session(path), copy.deepcopy(trained.module).cpu().eval()
     side = trained.config.resolution
-    batch = torch.zeros((1, 3, side, side))
+    batch = torch.zeros((1, trained.config.num_channels, side, side))
     times: dict[str, list[float]] = {"onnxruntime": [], "pytorch": []}
-    with torch.inference_mode():
+    with torch.inference_mode(), constant_weights(module):
         for _ in range(TIMED_RUNS + 3):
             for name, call in (
                 ("onnxruntime", lambda: run(session, batch.numpy())),

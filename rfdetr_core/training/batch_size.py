@@ -201,7 +201,8 @@ class _Search:
     def attempt(self, batch_size: int) -> None:
         """One optimizer step of this batch; raises DeviceMemoryError if it does not fit."""
         device = self.engine.device
-        batch = worst_case_batch(batch_size, self._side, self._targets, self._classes)
+        channels = self.engine.raw_model.config.num_channels
+        batch = worst_case_batch(batch_size, self._side, self._targets, self._classes, channels)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         started = time.monotonic()
@@ -219,13 +220,13 @@ class _Search:
         log.info("batch %d at %d px: %.2f s, peak %.2f GB", batch_size, self._side, seconds, peak / 1e9)
 
 
-def worst_case_batch(batch_size: int, side: int, targets: int, num_classes: int) -> Batch:
+def worst_case_batch(batch_size: int, side: int, targets: int, num_classes: int, channels: int = 3) -> Batch:
     """Random pixels and `targets` random boxes in each image: every assignment problem has its full size."""
     generator = torch.Generator().manual_seed(batch_size)
     centres = torch.rand((batch_size * targets, 2), generator=generator) * 0.8 + 0.1
     extents = torch.rand((batch_size * targets, 2), generator=generator) * 0.15 + 0.05
     return Batch(
-        pixels=torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8, generator=generator),
+        pixels=torch.randint(0, 256, (batch_size, channels, side, side), dtype=torch.uint8, generator=generator),
         boxes=torch.cat([centres, extents], dim=1),
         labels=torch.randint(0, num_classes, (batch_size * targets,), generator=generator),
         counts=(targets,) * batch_size,

@@ -420,6 +420,7 @@ def _loaders(
         square=config.square_resize_div_64,
         multiple=job.model.block,
         skip_corrupt=config.skip_corrupt,
+        channels=job.model.num_channels,
     )
     train_batches.generator = torch.Generator()
     return train_batches, _eval_loader(job, engine, valid)
@@ -441,7 +442,7 @@ def _eval_loader(job: TrainingJob, engine: Engine, split: PreparedSplit) -> Data
     """Every image of a split once; of several ranks, each has a share of the batches."""
     size = job.train.eval_batch_size or job.batch_size
     batches = BatchLoader(
-        EvalImages(split, job.model.resolution),
+        EvalImages(split, job.model.resolution, job.model.num_channels),
         batch_sampler=ShareOfBatches(len(split), size, engine.world),
         **_loader_settings(job.train).keywords(engine.device),
     )

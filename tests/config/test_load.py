@@ -118,9 +118,11 @@ def test_weights_of_the_web_are_brought_into_the_store_first(address: str) -> No
     assert stored.model.pretrain_weights == "s3://b/weights/w.pth"
 
 
-def test_a_pipeline_reads_images_of_three_channels() -> None:
-    assert refused(TEXT, {"model": {"num_channels": 4}}).startswith(
-        "model.num_channels: 4 does not go with a pipeline: image files are read as RGB (use 3;"
+def test_a_pipeline_reads_images_of_one_three_and_four_channels() -> None:
+    for channels in (1, 3, 4):
+        assert parse_run_config(TEXT, {"model": {"num_channels": channels}}).model.num_channels == channels
+    assert refused(TEXT, {"model": {"num_channels": 2}}).startswith(
+        "model.num_channels: 2 does not go with a pipeline: image files are grey, RGB or RGBA (use 1, 3 or 4;"
     )
 
 

@@ -139,9 +139,10 @@ def test_not_built_lists_the_table() -> None:
 
 
 def test_other_channels_go_with_prediction_alone() -> None:
-    table.refuse_other_channels(ModelConfig(), "training")
-    with pytest.raises(ConfigError, match=r"^model.num_channels: 4 does not go with training: .*read as RGB \(use 3;"):
-        table.refuse_other_channels(ModelConfig(num_channels=4), "training")
+    for channels in (1, 3, 4):
+        table.refuse_other_channels(ModelConfig(num_channels=channels), "training")
+    with pytest.raises(ConfigError, match=r"^model.num_channels: 2 does not go with training: .*\(use 1, 3 or 4;"):
+        table.refuse_other_channels(ModelConfig(num_channels=2), "training")
 
 
 def test_sections_that_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
