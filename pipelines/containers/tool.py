@@ -37,8 +37,8 @@ class Tool:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def local_name(self, image: str) -> str:
-        """How it calls an image that was built here."""
-        return image if self.kind == "docker" or image.startswith("localhost/") else f"localhost/{image}"
+        """How it calls an image that was built here; one that is named by digest came from a registry."""
+        return image if self.kind == "docker" or "@" in image else f"localhost/{image}"
 
     def run(self, *arguments: str, log: Path | None = None, stdin: str = "") -> str:
         """Run it; its standard output.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,15 @@ def test_a_training_that_was_killed_is_continued_by_the_same_command(project: Pr
     assert state(project, "killed", "promote")["state"] == "succeeded"
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """A shell lets its background jobs ignore Ctrl-C, and programs inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_the_stage_in_its_container(project: Project, engine: Engine, signum: int) -> None:
     name, before = f"stop-{signum}", services()
