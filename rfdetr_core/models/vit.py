@@ -10,10 +10,12 @@ inside each window; a global block attends over the concatenation of an image's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rfdetr_core.models.linear import KeepingModule, Linear, linear_kept
@@ -75,8 +77,31 @@ class Embeddings(KeepingModule):
 def resize_table(table: Tensor, held: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """A table (1, 1 + h*w, width) of one grid of patches for another one: bicubic with antialias, CLS row kept."""
     patches = table[:, 1:].float().reshape(1, *held, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(patches, size=wanted, mode="bicubic", align_corners=False, antialias=True)
+    resized: Tensor = _Bicubic.apply(patches, wanted)
     return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def _bicubic(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=True)
+
+
+class _Bicubic(torch.autograd.Function):
+    """`_bicubic` of (1, C, h, w) with its gradient as two products: torch's own is not compiled for open sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.held, ctx.size = x.shape[-2:], size
+        return _bicubic(x, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # What each of the old rows gives to each of the new ones, and the columns likewise.
+        rows, columns = (
+            _bicubic(torch.eye(old, dtype=gradient.dtype, device=gradient.device)[None, None], (old, new))[0, 0]
+            for old, new in zip(ctx.held, ctx.size, strict=True)
+        )
+        return rows @ gradient @ columns.t(), None
 
 
 class SelfAttention(KeepingModule):

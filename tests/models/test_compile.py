@@ -58,11 +58,9 @@ def test_every_size_of_multi_scale(dynamic: bool) -> None:
     assert_equal_to_eager(pico().eval(), "aot_eager", SIZES, dynamic=dynamic)
 
 
-@pytest.mark.slow
-def test_training_with_gradients() -> None:
-    model, images = pico().train(), golden.gauss(1, (2, 3, 64, 64))
-    gradients = []
-    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+def assert_equal_gradients(model: RFDETR, compiled: Any, size: int) -> None:
+    images, gradients = golden.gauss(size, (2, 3, size, size)), []
+    for call in (model, compiled):
         model.zero_grad()
         outputs = call(images)
         layers = [outputs, outputs["enc_outputs"], *outputs["aux_outputs"]]
@@ -73,6 +71,27 @@ def test_training_with_gradients() -> None:
         scale = gradient.abs().max().item()
         # The bias of the keys has no effect on the softmax: its gradient is rounding error around 0.
         assert_allclose(gradients[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_training_with_gradients() -> None:
+    model = pico().train()
+    assert_equal_gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 64)
+
+
+@pytest.mark.long
+def test_training_at_every_size_of_multi_scale() -> None:
+    """The second size leaves them open, and no other one is compiled again."""
+    model, graphs = pico().train(), [0]
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs[0] += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    for size in SIZES:
+        assert_equal_gradients(model, compiled, size)
+    assert graphs == [2]
 
 
 @COMPILER

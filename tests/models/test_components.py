@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rfdetr_core.models.deformable_attention import DeformableAttention
 from rfdetr_core.models.projector import Projector
-from rfdetr_core.models.vit import Embeddings
+from rfdetr_core.models.vit import Embeddings, resize_table
 from tests.models import golden_units
 from tests.models.golden_check import breaches
 from tests.models.golden_report import computed
@@ -52,3 +53,17 @@ def test_gradients_reach_the_positional_table_through_its_resize() -> None:
     assert isinstance(table, nn.Parameter)
     assert table.grad is not None
     assert table.grad[:, 1:].sum().item() == pytest.approx(6 * 64, rel=1e-4)
+
+
+@pytest.mark.parametrize(("held", "wanted"), [((5, 5), (8, 8)), ((8, 8), (3, 12)), ((6, 6), (6, 4))])
+def test_the_gradient_of_the_resize_is_torch_s_own(held: tuple[int, int], wanted: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(1, 1 + held[0] * held[1], 6, requires_grad=True)
+    cotangent = torch.randn(1, 1 + wanted[0] * wanted[1], 6)
+    patches = table[:, 1:].reshape(1, *held, 6).permute(0, 3, 1, 2)
+    resized = F.interpolate(patches, size=wanted, mode="bicubic", align_corners=False, antialias=True)
+    expected = torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+    found = resize_table(table, held, wanted)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(result, table, cotangent)[0] for result in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
