@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, overload
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from rfdetr_core.config import EvaluateConfig, ExportConfig, ModelConfig, ModelSection, TrainConfig, refuse_unbuilt
+from rfdetr_core.config.device import MOVED_TO_TRAIN, amp_dtype, contradiction, is_device, train_settings
 from rfdetr_core.config.train import MOVED_TO_MODEL
 from rfdetr_core.config.unbuilt import refuse_other_channels
 from rfdetr_core.data.loading import LoaderSettings
@@ -46,7 +48,7 @@ from rfdetr_core.prediction import Picture, Prediction, predict_pictures
 from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
-from rfdetr_core.training.engine import fabric_accelerator
+from rfdetr_core.training.engine import first_device
 from rfdetr_core.training.folder import Start, dataset_in_folder, job_in_folder
 from rfdetr_core.training.loop import TrainingResult
 from rfdetr_core.training.loop import train as train_detector
@@ -65,7 +67,8 @@ class RFDETR:
         `pretrain_weights` is a path, the name of a published file such as "rf-detr-nano.pth", an s3:// or an https://
         URI. With it the model predicts at once, and training begins from it; without it, from random weights.
         `num_classes` is the file's, and in training the dataset's, unless given; then the head is cut, or grown by
-        repeating its rows (model spec 7.3).
+        repeating its rows (model spec 7.3). `device`, "cpu", "cuda", "cuda:1" or "mps", is where it predicts, evaluates
+        and trains; without it, on the best that there is.
 
         Raises:
             ConfigError: an unknown field, a value that is not legal, or what is not built yet.
@@ -76,10 +79,11 @@ class RFDETR:
             raise ConfigError("RFDETR itself is no variant", hint=f"use {', '.join(k.__name__ for k in VARIANTS)}")
         if "variant" in architecture:
             raise ConfigError(f"{type(self).__name__} is the variant {self.variant}", hint="choose another class")
-        self._given = architecture
         self._known: dict[str, Any] = {}  # from a file, or from earlier calls of train
         self._trained: TrainedModel | None = None
-        section = self._architecture(architecture)
+        section = self._architecture({**architecture, "device": _named(architecture.get("device"))})
+        self._given = {name: value for name, value in architecture.items() if name not in MOVED_TO_TRAIN}
+        self._device, self._amp = section.device, section.amp
         self.config = section
         if pretrain_weights is not None:
             if not isinstance(pretrain_weights, (str, os.PathLike)):
@@ -88,11 +92,11 @@ class RFDETR:
             self._use(begin_from(read_weight_file(fetch_weights(pretrain_weights)), section))
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str]) -> Self:
+    def from_checkpoint(cls, path: str | os.PathLike[str], *, device: str | None = None) -> Self:
         """The detector of a checkpoint_best_*.pth file of ours, or of a file of the published package.
 
         `path` may be an s3:// or https:// address. Architecture and class names are the file's.
-        `RFDETR.from_checkpoint` chooses the class by itself.
+        `RFDETR.from_checkpoint` chooses the class by itself. `device` as in the constructor.
 
         Raises:
             ConfigError: `path` is no path.
@@ -104,7 +108,7 @@ class RFDETR:
         kind = next(kind for kind in VARIANTS if kind.variant == trained.config.variant)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path}: is of the variant {kind.variant}", hint=f"use {kind.__name__}")
-        model = kind()
+        model = kind(device=device)
         model._known = trained.config.model_dump(exclude={"variant", "num_classes", "pretrain_weights"})
         model._use(trained)
         return model
@@ -119,9 +123,9 @@ class RFDETR:
     ) -> TrainingResult:
         """Train from the weights at hand, or from random ones; afterwards the model holds the best ones.
 
-        Keyword arguments are TrainConfig's. The same call continues an interrupted training, and returns at once when
-        it is finished. A COCO folder is validated (report.html) and prepared below `output_dir`, once; a prepared
-        dataset is used as it is.
+        Keyword arguments are TrainConfig's, and `device` as in the constructor. The same call continues an interrupted
+        training, and returns at once when it is finished. A COCO folder is validated (report.html) and prepared below
+        `output_dir`, once; a prepared dataset is used as it is.
 
         Raises:
             ConfigError: an unknown field or illegal value; or `output_dir` holds another training.
@@ -138,7 +142,7 @@ class RFDETR:
         _tell_lost_channel(section, job.dataset)
         result = train_detector(job)
         self._known = architecture
-        self._use(checkpoint.load_trained(job.checkpoints / checkpoint.BEST_TOTAL), accelerator=train.accelerator)
+        self._use(checkpoint.load_trained(job.checkpoints / checkpoint.BEST_TOTAL), first_device(train))
         return result
 
     @overload
@@ -247,12 +251,16 @@ class RFDETR:
         return section
 
     def _training(self, values: dict[str, Any]) -> TrainConfig:
+        device = values.pop("device", None)
         for name in values.keys() - TrainConfig.model_fields.keys():
             if name in ModelConfig.model_fields:
                 raise ConfigError(
                     f"train(): {name} belongs to the architecture", hint=f"{type(self).__name__}({name}=…)"
                 )
+        values["amp_dtype"] = amp_dtype(self._amp, values.get("amp_dtype", "auto"))
         train = TrainConfig.parse(values, source="train()")
+        for wanted in (device, self._device):
+            train = _on_device(train, wanted)
         refuse_unbuilt(train, "train")
         return train
 
@@ -288,12 +296,33 @@ class RFDETR:
             raise ConfigError(f"this {name} has no weights yet", hint=f"train it, or use {name}.from_checkpoint(path)")
         return self._trained
 
-    def _use(self, trained: TrainedModel, *, accelerator: str = "auto") -> None:
-        device = fabric_accelerator(accelerator)
-        if device == "cpu":
+    def _use(self, trained: TrainedModel, device: torch.device | None = None) -> None:
+        if device is None:
+            device = first_device(_on_device(TrainConfig(), self._device))
+        if device.type == "cpu":
             keep_freed_memory()  # as training does; it is of use to every forward pass
         vouch_for(trained.module.to(device))  # it is ours alone, and training makes another one
         self._trained, self.config = trained, trained.config
+
+
+def _on_device(train: TrainConfig, device: Any) -> TrainConfig:
+    """The same settings on a device, if one is given.
+
+    Raises:
+        ConfigError: it is none, or the settings name another one.
+    """
+    device = _named(device)
+    if device is None:
+        return train
+    if not is_device(device):
+        ModelSection.parse({"device": device}, source="train()")  # says what is legal
+    if other := contradiction(device, train.model_dump(include={"accelerator", "devices"})):
+        raise ConfigError(f"device: {device} is not allowed: {other}", hint="give one of them")
+    return train.model_copy(update=train_settings(device))
+
+
+def _named(device: Any) -> Any:
+    return str(device) if isinstance(device, torch.device) else device
 
 
 def _path(value: Any, name: str) -> Path:

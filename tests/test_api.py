@@ -322,11 +322,72 @@ class TestPredict:
     def test_freed_memory_is_kept_as_in_training(self, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kept: list[int] = []
         monkeypatch.setattr("rfdetr_core.api.keep_freed_memory", lambda: kept.append(1))
-        monkeypatch.setattr("rfdetr_core.api.fabric_accelerator", lambda name: "cpu")
+        monkeypatch.setattr("rfdetr_core.api.first_device", lambda train: torch.device("cpu"))
         RFDETRPico(**ARCHITECTURE)
         assert not kept  # nothing to predict with yet
         RFDETRPico(pretrain_weights=weights, **ARCHITECTURE)
         assert kept
+
+
+class TestDevice:
+    """Where it predicts, evaluates and trains."""
+
+    def test_all_stay_on_it(self, weights: Path, coco: Path, tmp_path: Path) -> None:
+        model = RFDETRPico(pretrain_weights=weights, device="cpu", **ARCHITECTURE)
+        settings = {name: value for name, value in SETTINGS.items() if name != "accelerator"}
+        assert len(model.predict(pictures(coco)[0], threshold=0)) > 0
+        model.evaluate(dataset_dir=coco, num_workers=0)
+        model.train(dataset_dir=coco, output_dir=tmp_path, **settings)
+        assert next(model._trained.module.parameters()).device.type == "cpu"
+        again = RFDETR.from_checkpoint(tmp_path / "checkpoint_best_total.pth", device="cpu")
+        assert_same(*(m.predict(pictures(coco)[0], threshold=0) for m in (model, again)))
+        assert json.loads((tmp_path / "training_config.json").read_text())["train"]["accelerator"] == "cpu"
+
+    def test_train_takes_it_as_well(self, coco: Path, tmp_path: Path) -> None:
+        settings = {name: value for name, value in SETTINGS.items() if name != "accelerator"}
+        model = RFDETRPico(**ARCHITECTURE)
+        model.train(dataset_dir=coco, output_dir=tmp_path, device=torch.device("cpu"), **settings)
+        assert json.loads((tmp_path / "training_config.json").read_text())["train"]["accelerator"] == "cpu"
+
+    @pytest.mark.parametrize(("device", "there"), [("cuda:1", "cuda:1"), ("cuda", "cuda"), (None, "cuda")])
+    def test_the_model_is_moved_there(
+        self, weights: Path, device: str | None, there: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        moved: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(detector.RFDETR, "to", lambda self, where: moved.append(where) or self)
+        RFDETRPico(pretrain_weights=weights, device=device, **ARCHITECTURE)
+        assert moved == [torch.device(there)]
+
+    @pytest.mark.parametrize(
+        ("built", "trained", "message"),
+        [
+            ({"device": "tpu"}, {}, r'RFDETRPico\(\): device: "tpu" is not allowed: must be "cpu", "cuda", "cuda:N"'),
+            ({}, {"device": "gpu"}, r'train\(\): device: "gpu" is not allowed: must be "cpu", "cuda", "cuda:N"'),
+            ({}, {"device": 0}, r"train\(\): device: 0 is not allowed: must be text"),
+            ({"device": "cpu"}, {"accelerator": "gpu"}, r'device: cpu is not allowed: train.accelerator is "gpu"'),
+            ({}, {"device": "cuda", "accelerator": "cpu"}, r'device: cuda is not allowed: train.accelerator is "cpu"'),
+            ({"device": "cpu"}, {"device": "cuda"}, r'device: cpu is not allowed: train.accelerator is "cuda"'),
+            ({}, {"device": "cuda:1", "devices": 2}, r"device: cuda:1 is not allowed: train.devices is 2"),
+        ],
+    )
+    def test_refusals(self, tmp_path: Path, built: Any, trained: Any, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            RFDETRPico(**built).train(dataset_dir=tmp_path / "nowhere", output_dir=tmp_path / "out", **trained)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("amp", "settings", "expected"),
+        [(False, {}, None), (False, {"amp_dtype": "bf16"}, "bf16"), (True, {}, "auto"), (None, {}, "auto")],
+    )
+    def test_amp_is_amp_dtype(self, amp: bool | None, settings: Any, expected: str | None) -> None:
+        if amp is None:
+            model = RFDETRPico()
+        else:
+            with pytest.warns(FutureWarning, match=r"model\.amp is deprecated: give train\.amp_dtype"):
+                model = RFDETRPico(amp=amp)
+        assert model._training({"dataset_dir": "data", **settings}).amp_dtype == expected
 
 
 class TestExport:

@@ -77,12 +77,10 @@ def _champion(context: StageContext, dataset: Any, split: str) -> dict[str, Any]
 
 def _evaluate(context: StageContext, weights: Path, dataset: Any, split: str) -> tuple[dict[str, Any], Any, Any]:
     """What metrics.json says of one set of weights, its metrics, and its detections."""
-    import torch
-
     from rfdetr_core.data.loading import LoaderSettings
     from rfdetr_core.evaluation.evaluate import evaluate_model
     from rfdetr_core.training.checkpoint import load_trained
-    from rfdetr_core.training.engine import fabric_accelerator
+    from rfdetr_core.training.engine import first_device
 
     config = context.config
     trained = load_trained(weights)
@@ -92,7 +90,7 @@ def _evaluate(context: StageContext, weights: Path, dataset: Any, split: str) ->
         dataset.class_map,
         batch_size=config.evaluate.batch_size or 8,
         max_dets=config.train.eval_max_dets,
-        device=torch.device(fabric_accelerator(config.train.accelerator)),
+        device=first_device(config.train),
         loading=LoaderSettings(config.train.num_workers, None, None, None),
         fp16=config.train.fp16_eval,
     )

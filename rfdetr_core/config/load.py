@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rfdetr_core.config.base import home_expanded
+from rfdetr_core.config.device import is_device, train_settings
 from rfdetr_core.config.model import VARIANTS
 from rfdetr_core.config.problems import redact, show
 from rfdetr_core.config.run import RunConfig
@@ -171,6 +172,12 @@ def _without_superseded(values: dict[str, Any], overrides: Mapping[str, Any]) ->
             gone.add(name)
         if new_model.get(name) is not None:
             train.pop(name, None)
+    if new_train.get("accelerator") is not None:
+        gone.add("device")
+    if is_device(new_model.get("device")):
+        train = {name: value for name, value in train.items() if name not in train_settings(new_model["device"])}
+    if "amp_dtype" in new_train:
+        gone.add("amp")
     kept = {"model": {name: value for name, value in model.items() if name not in gone}, "train": train}
     return {name: kept.get(name, value) if isinstance(value, dict) else value for name, value in values.items()}
 

@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rfdetr_core.config.base import Bool, Config, Int, Text, Uri, whole_number
+from rfdetr_core.config.device import legal_device, warn_moved_to_train
 from rfdetr_core.config.problems import Problem, not_allowed, refusal
 from rfdetr_core.config.resolution import legal_resolution, nearest_resolutions
 from rfdetr_core.errors import ConfigError
@@ -191,13 +192,16 @@ class ModelSection(Config):
     num_decoder_registers: Int = Field(default=0, ge=0)
     """Extra tokens in the decoder."""
     compile: Bool = False
-    """torch.compile the training step (CUDA)."""
+    """torch.compile the model in training, on CPU or GPU; needs a C++ compiler there."""
     cuda_graphs: Bool = False
     """Capture the training step as CUDA graphs."""
     fused_optimizer: Bool = True
-    """AdamW's fused kernel where the device has it."""
-    device: Text | None = None
-    """Deprecated spelling of train.accelerator, for the Python API."""
+    """AdamW's fused kernel; with false the one of several launches. Under fp16 it is never the fused one."""
+    device: Annotated[Text, AfterValidator(legal_device)] | None = Field(default=None, exclude=True)
+    """Where the model of the Python API trains and predicts: "cpu", "cuda", "cuda:N" or "mps"; null: the best there is.
+    In a pipeline a deprecated spelling of train.accelerator, and of train.devices for "cuda:N"."""
+    amp: Bool | None = Field(default=None, exclude=True)
+    """Deprecated: false is train.amp_dtype: null, where that is "auto"; true has no effect."""
     pretrain_weights: Uri | None = None
     """Weights to start from: a path or an s3:// URI; null trains from scratch."""
 
@@ -234,6 +238,8 @@ class ModelSection(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.amp is not None:
+            warn_moved_to_train("amp")
         problems = list(self._inconsistencies())
         if problems:
             raise refusal(problems)

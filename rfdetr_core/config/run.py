@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from rfdetr_core.config.base import Config, Text
+from rfdetr_core.config.device import amp_dtype, contradiction, is_device, train_settings, warn_moved_to_train
 from rfdetr_core.config.model import ModelSection
 from rfdetr_core.config.problems import Problem, broken_rule, not_allowed, refusal, show
 from rfdetr_core.config.sections import (
@@ -65,7 +66,7 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _one_place_for_each(cls, given: Any) -> Any:
-        """Fill in absent sections, and move what has two spellings to the one in the model section."""
+        """Fill in absent sections, and move what has two spellings to the one place where it is kept."""
         if not isinstance(given, dict):
             return given
         values = {name: _plain_section(value) for name, value in given.items()}
@@ -76,6 +77,7 @@ class RunConfig(Config):
         if isinstance(train, dict) and isinstance(model, dict):
             for name in (*MOVED_TO_MODEL, "resolution"):
                 _move(name, train, model)
+            _move_to_train(model, train)
         return values
 
     @model_validator(mode="after")
@@ -96,12 +98,16 @@ class RunConfig(Config):
                 if name == "resolution":
                     other = self.model.requested_resolution or other
                 yield not_allowed(f"train.{name}", value, f"model.{name} is {show(other)}; give one of them", None)
+        device = self.model.device
+        if device is not None:  # or it would have been moved to train
+            other = contradiction(device, self.train.model_dump(include={"accelerator", "devices"}))
+            yield not_allowed("model.device", device, f"{other}; give one of them", None)
 
 
 def _plain_section(value: Any) -> Any:
     """What was given, as a dict of its own: it is changed below."""
     if isinstance(value, BaseModel):
-        return value.model_dump(exclude_unset=True)
+        return {name: getattr(value, name) for name in value.model_fields_set}
     return dict(value) if isinstance(value, dict) else value
 
 
@@ -115,3 +121,16 @@ def _move(name: str, train: dict[str, Any], model: dict[str, Any]) -> None:
         model[name] = value
         if name in MOVED_TO_MODEL:
             warn_moved(name)
+
+
+def _move_to_train(model: dict[str, Any], train: dict[str, Any]) -> None:
+    """Move device and amp to the fields that they stand for; what is not legal or contradicts them reports itself."""
+    device, amp = model.get("device"), model.get("amp")
+    if is_device(device) and not contradiction(device, train):
+        del model["device"]
+        train |= train_settings(device)
+        warn_moved_to_train("device")
+    if isinstance(amp, bool):
+        del model["amp"]
+        train["amp_dtype"] = amp_dtype(amp, train.get("amp_dtype", "auto"))
+        warn_moved_to_train("amp")

@@ -63,9 +63,9 @@ def _own_is_null(value: Any) -> Any:
 
 
 def _devices(value: Any) -> Any:
-    """A count, a list such as "0,2", or all there are: "auto", as which -1 is kept."""
+    """A count, a list such as "0,2" or "1,", or all there are: "auto", as which -1 is kept."""
     if isinstance(value, str):
-        if value == "auto" or all(part.strip().isdecimal() for part in value.split(",")):
+        if value == "auto" or all(part.strip().isdecimal() for part in value.removesuffix(",").split(",")):
             return value
     else:
         number = whole_number(value)
@@ -246,7 +246,7 @@ class TrainConfig(Config):
     amp_dtype: Literal["auto", "bf16", "fp16", "fp8"] | None = "auto"
     """Mixed precision: null is float32; "auto" is bf16, or fp16 on GPUs without it, and float32 on CPUs."""
     devices: Annotated[Int | Text, BeforeValidator(_devices)] = 1
-    """GPUs per node: a count, a list such as "0,2", or "auto"."""
+    """GPUs per node: a count, a list such as "0,2" (of one: "1,"), or "auto"."""
     num_nodes: Int = Field(default=1, ge=1)
     """Nodes that train together."""
 

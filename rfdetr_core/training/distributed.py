@@ -196,7 +196,7 @@ def chosen_devices(devices: int | str, accelerator: str) -> list[int]:
     """
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if isinstance(devices, str) and "," in devices:
-        listed = [int(part) for part in devices.split(",")]
+        listed = [int(part) for part in devices.removesuffix(",").split(",")]
         if accelerator != "cuda":
             raise _impossible(devices, f"names GPUs, and training is on {accelerator}", "give a count")
         if len(set(listed)) < len(listed) or max(listed) >= there:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning_fabric
 import numpy as np
@@ -195,13 +197,19 @@ class Engine:
 
 @contextmanager
 def memory_errors(where: str, *, hint: str, device: torch.device) -> Iterator[None]:
-    """What PyTorch raises when memory runs out becomes a DeviceMemoryError "out of memory <where>, peak <n> GiB"."""
+    """What PyTorch raises when memory runs out becomes a DeviceMemoryError "out of memory <where>, peak <n> GiB".
+
+    What it raises when a compiled model cannot be compiled becomes a ConfigError.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error).lower()
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
             raise DeviceMemoryError(f"out of memory {where}, peak {_peak(device)}", hint=hint) from error
+        if any(kind.__module__ == "torch._dynamo.exc" for kind in type(error).__mro__):
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ConfigError(f"model.compile: true does not work here: {reason}", hint="leave it at false") from error
         raise
 
 
@@ -247,9 +255,10 @@ def build_engine(model: ModelConfig, train: TrainConfig, world: World = ALONE, *
     raw_model.to(fabric.device)
     ema = ModelEMA(raw_model, decay=train.ema_decay, tau=train.ema_tau) if train.use_ema else None
     # Gradient scaling in fp16 and a fused step cannot both own the unscaling.
-    optimizer = build_optimizer(raw_model, model, train, fused=precision != "16-mixed")
+    optimizer = build_optimizer(raw_model, model, train, fused=model.fused_optimizer and precision != "16-mixed")
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrapped, wrapped_optimizer = fabric.setup(raw_model, optimizer)
+    stepped = compiled(raw_model) if model.compile else raw_model
+    wrapped, wrapped_optimizer = fabric.setup(stepped, optimizer)
     wrapped.train()
     criterion = Criterion(model, cls_loss_coef=train.cls_loss_coef).to(fabric.device)
     criterion.train()
@@ -269,11 +278,32 @@ def build_engine(model: ModelConfig, train: TrainConfig, world: World = ALONE, *
     )
 
 
+def compiled(model: RFDETR) -> torch.nn.Module:
+    """The model as training steps run it, with the same weights; evaluation goes on with the model itself.
+
+    The first size is compiled for itself, the second one for all sizes to come.
+
+    Raises:
+        ConfigError: there is no compiler.
+    """
+    # What torch looks for: on a CPU it writes C++, for a GPU Triton builds its launchers in C.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    known = [os.environ.get("CXX", "g++")] if on_cpu else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, known)):
+        raise ConfigError(
+            f"model.compile: true needs a compiler, and this machine has no {' and no '.join(known)}",
+            hint="install one, name it in CXX and CC, or leave it at false",
+        )
+    return cast(torch.nn.Module, torch.compile(model))
+
+
 def _fabric(train: TrainConfig, precision: Precision, world: World, accumulates: bool) -> lightning_fabric.Fabric:
     """Device and precision of this process, and how its gradients meet those of the others."""
     accelerator = fabric_accelerator(train.accelerator)
     if world.size == 1:
-        return lightning_fabric.Fabric(accelerator=accelerator, devices=1, precision=precision)
+        number = first_device(train).index
+        alone = 1 if number is None else [number]
+        return lightning_fabric.Fabric(accelerator=accelerator, devices=alone, precision=precision)
     numbers = chosen_devices(train.devices, accelerator)
     # The encoder's mask token never has a gradient. Without accumulation the ranks learn from the first step which
     # parameters have none, instead of looking in every step (training spec 4.9).
@@ -300,6 +330,17 @@ def fabric_accelerator(name: str) -> str:
         there = ", ".join(kind for kind, present in available.items() if present)
         raise ConfigError(f"train.accelerator: {name} is not available here", hint=f"available: {there}; or auto")
     return wanted
+
+
+def first_device(train: TrainConfig) -> torch.device:
+    """Where a single process computes: on the first GPU that `train.devices` lists, if this machine has that many.
+
+    Raises:
+        ConfigError: the accelerator is not there.
+    """
+    accelerator, (first, comma, _) = fabric_accelerator(train.accelerator), str(train.devices).partition(",")
+    listed = comma and accelerator == "cuda" and int(first) < torch.cuda.device_count()
+    return torch.device(accelerator, int(first)) if listed else torch.device(accelerator)
 
 
 def choose_precision(accelerator: str, amp_dtype: str | None) -> Precision:

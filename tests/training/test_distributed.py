@@ -102,7 +102,7 @@ class TestDevices:
     def test_on_a_cpu_they_are_processes(self, devices: int | str, found: list[int]) -> None:
         assert chosen_devices(devices, "cpu") == found
 
-    @pytest.mark.parametrize(("devices", "found"), [("auto", [0, 1, 2, 3]), (2, [0, 1]), ("3,1", [3, 1])])
+    @pytest.mark.parametrize(("devices", "found"), [("auto", [0, 1, 2, 3]), (2, [0, 1]), ("3,1", [3, 1]), ("2,", [2])])
     def test_of_four_gpus(self, devices: int | str, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
         assert chosen_devices(devices, "cuda") == found
@@ -125,7 +125,7 @@ class TestDevices:
             chosen_devices(devices, accelerator)
         assert str(caught.value) == message
 
-    @pytest.mark.parametrize("devices", [0, -2, "x", "0,", "", 1.5, True])
+    @pytest.mark.parametrize("devices", [0, -2, "x", "0,,", ",", "", 1.5, True])
     def test_what_is_no_setting(self, devices: Any) -> None:
         with pytest.raises(ConfigError, match="devices"):
             TrainConfig.parse({"devices": devices})
