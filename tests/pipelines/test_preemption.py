@@ -46,6 +46,45 @@ sys.exit(main())
 """
 """The train stage with a store that takes two seconds for a checkpoint."""
 
+SLOW_STEP = """
+import sys, time
+from components.train.stage import main
+from rfdetr_core.models.detector import RFDETR
+
+forward = RFDETR.forward
+
+
+def slow(self, *args, **words):
+    if self.training:
+        print("stepping", flush=True)
+        time.sleep(1.0)
+    return forward(self, *args, **words)
+
+
+RFDETR.forward = slow
+sys.exit(main())
+"""
+"""The train stage with a second for each micro-batch, of which a step has two."""
+
+SLOW_EVALUATION = """
+import sys, time
+from components.train.stage import main
+from rfdetr_core.training import validation
+
+detections_of = validation.detections_of
+
+
+def slow(*args, **words):
+    print("evaluating", flush=True)
+    time.sleep(0.5)
+    return detections_of(*args, **words)
+
+
+validation.detections_of = slow
+sys.exit(main())
+"""
+"""The train stage with a second for each evaluated batch: half of one for either kind of weights."""
+
 
 def stage(folder: Path, run: str, name: str, *arguments: str, program: str = "") -> subprocess.Popen[str]:
     """A stage of one run as a process, started as the pipeline does; or a program that runs it."""
@@ -75,15 +114,15 @@ def status(folder: Path, run: str, name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset with few training images and a long evaluation."""
+    """A dataset of five optimizer steps an epoch and, where a batch takes a second, fifty of evaluation."""
     folder = tmp_path_factory.mktemp("preempted")
-    write_sample_dataset(folder / "data", train=20, valid=400, test=2, size=64)
+    write_sample_dataset(folder / "data", train=20, valid=100, test=2, size=64)
     (folder / "config.yaml").write_text(CONFIG)
     return folder
 
 
 def stopped(process: subprocess.Popen[str], marker: str, wait: float = 0.0) -> tuple[str, float]:
-    """SIGTERM when a line with the marker was printed; what was printed then, and the seconds until the end."""
+    """SIGTERM when a line with the marker was printed; all that was printed, and the seconds from there to the end."""
     assert process.stdout is not None
     before = ""
     with process:  # ends it and closes the pipe, whatever comes
@@ -98,7 +137,7 @@ def stopped(process: subprocess.Popen[str], marker: str, wait: float = 0.0) -> t
             asked = time.monotonic()
             process.send_signal(signal.SIGTERM)
             rest, _ = process.communicate(timeout=60)
-            return rest, time.monotonic() - asked
+            return before + rest, time.monotonic() - asked
         finally:
             process.kill()
 
@@ -117,29 +156,32 @@ def test_the_probe(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("phase", "marker", "wait", "where"),
+    ("phase", "program", "marker", "wait", "where"),
     [
-        ("first-step", "parameters on cpu", 0.0, range(3)),
-        ("epoch", "epoch 1/500 done", 0.1, range(5, 500)),
-        ("evaluation", "step 1/", 4.0, range(5, 6)),
+        ("first-step", SLOW_STEP, "stepping", 0.0, range(1)),  # its first half is thrown away
+        ("epoch", "", "epoch 1/500 done", 0.1, range(5, 500)),
+        ("evaluation", SLOW_EVALUATION, "evaluating", 0.0, range(5, 6)),
     ],
 )
-def test_training(folder: Path, phase: str, marker: str, wait: float, where: range) -> None:
+def test_training(folder: Path, phase: str, program: str, marker: str, wait: float, where: range) -> None:
     overrides = {"train": {"eval_interval": 500}} if phase == "epoch" else {}
     completed(folder, phase, "validate_dataset", "--config", "config.yaml", "--overrides", json.dumps(overrides))
     completed(folder, phase, "probe_batch_size")
-    rest, seconds = stopped(stage(folder, phase, "train"), marker, wait)
+    output, seconds = stopped(stage(folder, phase, "train", program=program), marker, wait)
     found = status(folder, phase, "train")
     assert (found["state"], found["exit_code"]) == ("preempted", 143)
     assert seconds < GRACE_SECONDS
     kept = folder / "store" / "runs" / phase / "train" / "checkpoints" / "checkpoint.pth"
-    step = checkpoint.load(kept)["position"]["global_step"]
+    position = checkpoint.load(kept)["position"]
+    step, epoch = position["global_step"], position["epoch"]
     assert step in where
-    assert f"stopped on request after optimizer step {step} " in rest
+    assert f"stopped on request after optimizer step {step} " in output
+    assert ("epoch 1/500 done" in output) is (phase == "epoch")
 
     again = stage(folder, phase, "train")  # the next attempt goes on from there
-    rest, _ = stopped(again, f"optimizer step {step}" if step else "parameters on cpu", 1.0)
-    assert checkpoint.load(kept)["position"]["global_step"] >= step
+    output, _ = stopped(again, f"epoch {epoch + 1}/500 done")
+    assert (f", optimizer step {step}\n" in output) is (step > 0)  # continuing after epoch ...
+    assert checkpoint.load(kept)["position"]["epoch"] > epoch
 
 
 @pytest.mark.slow
