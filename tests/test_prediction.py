@@ -257,7 +257,7 @@ class TestOtherChannels:
         opacity = image.convert("RGBA")
         opacity.putalpha(image.convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT))
         for picture in (image, opacity, image.convert("L"), image.convert("P")):
-            array = np.asarray(picture.convert(mode) if picture.mode != "P" else picture.convert("RGBA").convert(mode))
+            array = np.array(picture.convert(mode) if picture.mode != "P" else picture.convert("RGBA").convert(mode))
             expected = found(trained, array)
             (tmp_path / "a.png").write_bytes(as_file(picture, "PNG"))
             (tmp_path / "b.png").write_bytes(turned(picture))
