@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -36,7 +37,7 @@ class Project(NamedTuple):
 
     folder: Path
     output: str
-    seconds: float  # of processors, in all processes of the run
+    seconds: float = math.nan  # of processors, in all processes of the run
 
     @property
     def root(self) -> Path:
