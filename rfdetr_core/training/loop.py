@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from rfdetr_core import hardware
-from rfdetr_core.config import TrainConfig
-from rfdetr_core.data.loading import (
-    Batch,
-    BatchLoader,
-    EpochSampler,
-    EvalImages,
-    LoaderSettings,
-    train_loader,
-    worker_errors,
-)
-from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.data.preview import write_augmentation_preview, write_dataset_grids
+from rfdetr_core.data.loading import worker_errors
 from rfdetr_core.data.scales import configured_scales
-from rfdetr_core.errors import DatasetError, Terminated
+from rfdetr_core.errors import Terminated
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.storage.local import local_errors
-from rfdetr_core.training import checkpoint, doctor, metrics_log
+from rfdetr_core.training import checkpoint, metrics_log
+from rfdetr_core.training.batches import build_loaders, count_skipped, split_loader, windows, write_previews
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source, periodic_name
 from rfdetr_core.training.clock import Clock
-from rfdetr_core.training.distributed import ALONE, ShareOfBatches, ShareOfEpoch, World, chosen_devices
+from rfdetr_core.training.distributed import ALONE, ShareOfEpoch, World, chosen_devices
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
 from rfdetr_core.training.engine import Engine, build_engine, fabric_accelerator
 from rfdetr_core.training.launch import train_on_several
@@ -60,8 +46,9 @@ from rfdetr_core.training.state import (
     smooth,
     start_position,
 )
+from rfdetr_core.training.telling import announce, examine, resolved_settings, tell_epoch, write_json
 from rfdetr_core.training.train_metrics import TrainMetrics
-from rfdetr_core.training.validation import Validation, metric_columns, models_to_evaluate, validate
+from rfdetr_core.training.validation import metric_columns, models_to_evaluate, validate
 
 __all__ = ["TrainingJob", "TrainingResult", "train"]
 
@@ -70,12 +57,6 @@ WEIGHTS_REPORT = "weights.json"
 
 TRAINING_CONFIG = "training_config.json"
 """Everything that was resolved: settings, classes, batch, seed, versions."""
-
-AUGMENTATION_PREVIEW = "augmentation.jpg"
-"""Augmented training images with their boxes."""
-
-DOCTOR_REPORT = "doctor.json"
-"""What looked wrong after the first evaluation; an empty list if nothing did."""
 
 QUIET = {"progress_bar": None, "tensorboard": False, "wandb": False, "mlflow": False}
 """Settings of the ranks beside the main one: who shows and tracks nothing."""
@@ -135,12 +116,12 @@ def train(
         position.best = world.from_main(position.best)
     elif begin.weights is not None:
         load_start_weights(begin.weights, engine, position)
-    resolved = _resolved(job, world, position.seed)
+    resolved = resolved_settings(job, world, position.seed)
     del begin  # weights, moments and average once more, in host memory
     if world.is_main:
-        _write(job.output / TRAINING_CONFIG, resolved)
+        write_json(job.output / TRAINING_CONFIG, resolved)
         if position.start is not None:
-            _write(job.output / WEIGHTS_REPORT, position.start)
+            write_json(job.output / WEIGHTS_REPORT, position.start)
         metrics_log.begin(job.output, position.history)
 
     # ---- data and schedule --------------------------------------------------------------------------------
@@ -156,7 +137,7 @@ def train(
         per_sample=config.multi_scale == "per-sample",
     )
     position.align(sampler.steps_per_epoch)
-    loader, valid_loader = _loaders(job, engine, sampler, train_split, valid_split, position.seed)
+    loader, valid_loader = build_loaders(job, engine, sampler, train_split, valid_split, position.seed)
     schedule = Schedule(
         kind=config.lr_scheduler,
         epochs=config.epochs,
@@ -166,9 +147,9 @@ def train(
         min_factor=config.lr_min_factor,
     )
     total_steps = config.epochs * sampler.steps_per_epoch
-    _announce(job, engine, len(train_split), sampler, scales, position)
+    announce(job, engine, len(train_split), sampler, scales, position)
     if not position.global_step and world.is_main:
-        _preview(job, sampler, loader, valid_loader)
+        write_previews(job, sampler, loader, valid_loader)
     clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
     save_now = partial(_save, clock, job, engine, position, stopping, outbox)
     publish_now = partial(_publish, clock, outbox)
@@ -196,7 +177,7 @@ def train(
             train_metrics = None
             if config.compute_train_metrics and evaluates and world.is_main:
                 train_metrics = TrainMetrics(num_queries=job.model.num_queries, num_select=job.model.num_select)
-            for window in _windows(loader, job.grad_accum_steps, clock):
+            for window in windows(loader, job.grad_accum_steps, clock):
                 factor = schedule.factor(position.global_step)
                 world.own_stream(position.seed, position.global_step)
                 with clock.running("step"):
@@ -212,7 +193,7 @@ def train(
                     save_now(LATEST)
                     publish_now()
                     raise _terminated(position)
-                _count_skipped(position, window, train_split, config.skip_corrupt, world)
+                count_skipped(position, window, train_split, config.skip_corrupt, world)
                 position.step += 1
                 position.global_step += 1
                 for name, value in terms.items():
@@ -256,7 +237,7 @@ def train(
                 if world.is_main:
                     progress.evaluated(max(metrics.map for metrics in validation.scores.values()))
                     if not any(name.startswith("val/") for past in position.history for name in past):
-                        _examine(job, validation, row, position)
+                        examine(job, validation, row, position)
                     smooth(job, position, validation.scores)
                     if position.epoch >= config.skip_best_epochs:
                         with clock.running("checkpoint"):
@@ -271,7 +252,7 @@ def train(
             if world.is_main:
                 metrics_log.append(job.output, position.history)
                 loggers.log(row)
-                _tell(row, config.epochs)
+                tell_epoch(row, config.epochs)
             clock.warn_of_waiting(config.num_workers)
 
             # ---- the epoch is over ------------------------------------------------------------------------
@@ -348,33 +329,13 @@ def _publish(clock: Clock, outbox: Outbox) -> None:
     clock.published()
 
 
-def _resolved(job: TrainingJob, world: World, seed: int) -> dict[str, Any]:
-    """What is trained, with every value that was left open; trackers show it beside the curves."""
-    return {
-        "model": job.model.model_dump(mode="json"),
-        "train": job.train.model_dump(mode="json"),
-        "dataset": {"digest": job.dataset.digest, "classes": list(job.dataset.class_map.names)},
-        "batch_size": job.batch_size,
-        "grad_accum_steps": job.grad_accum_steps,
-        "ranks": world.size,
-        "effective_batch_size": job.batch_size * job.grad_accum_steps * world.size,
-        "seed": seed,
-        "versions": checkpoint.versions(),
-    }
-
-
-def _write(path: Path, document: Any) -> None:
-    with local_errors("write", path):
-        path.write_text(json.dumps(document, indent=2) + "\n")
-
-
 def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: Callable[[], bool]) -> dict[str, Any]:
     """A row of metrics: the best weights on the test split."""
     trained = checkpoint.load_trained(job.checkpoints / BEST_TOTAL)
     split = job.dataset.split("test")
     models: dict[Source, nn.Module] = {"regular": trained.module.to(engine.device)}
     loss = job.train.compute_test_loss
-    loader = _eval_loader(job, engine, split)
+    loader = split_loader(job, engine, split)
     found = validate(job, engine, models, split, loader, compute_loss=loss, stop_requested=stop_requested)
     if found is None:
         raise _terminated(position)
@@ -384,142 +345,11 @@ def _test(job: TrainingJob, engine: Engine, position: Position, stop_requested: 
     return row | found.row("test", per_class=job.train.log_per_class_metrics)
 
 
-def _examine(job: TrainingJob, validation: Validation, row: Mapping[str, Any], position: Position) -> None:
-    """Say what looks wrong after the first evaluation, in the log and in doctor.json."""
-    source: Source = "ema" if "ema" in validation.scores else "regular"
-    symptoms = doctor.examine(
-        metrics=validation.scores[source],
-        detections=validation.detections[source],
-        table=job.dataset.split("valid").table,
-        class_map=job.dataset.class_map,
-        model=job.model,
-        train=job.train,
-        losses={name.removeprefix("train/"): row[name] for name in row if name.startswith("train/loss")},
-        steps=position.global_step,
-        start_weights=position.start is not None,
-    )
-    _write(job.output / DOCTOR_REPORT, doctor.to_json(symptoms))
-    for line in doctor.report_lines(symptoms):
-        log.warning("%s", line)
-
-
-def _loaders(
-    job: TrainingJob, engine: Engine, sampler: EpochSampler, train: PreparedSplit, valid: PreparedSplit, seed: int
-) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training batches in the sampler's order, and every validation image once."""
-    config = job.train
-    train_batches = train_loader(
-        train,
-        sampler,
-        _loader_settings(config),
-        engine.device,
-        seed=seed,
-        scale_jitter=config.scale_jitter,
-        flip=config.aug_config is None,
-        aug_config=config.aug_config,
-        square=config.square_resize_div_64,
-        multiple=job.model.block,
-        skip_corrupt=config.skip_corrupt,
-        channels=job.model.num_channels,
-    )
-    train_batches.generator = torch.Generator()
-    return train_batches, _eval_loader(job, engine, valid)
-
-
-def _preview(
-    job: TrainingJob, sampler: EpochSampler, train_batches: DataLoader[Any], valid_batches: DataLoader[Any]
-) -> None:
-    """Pictures of what the detector is going to see."""
-    names = job.dataset.class_map.names
-    sampler.start(0)
-    write_augmentation_preview(job.output / AUGMENTATION_PREVIEW, train_batches, names)
-    if job.train.save_dataset_grids:
-        for split, batches in (("train", train_batches), ("val", valid_batches)):
-            write_dataset_grids(job.output / "dataset_grids", split, batches, names)
-
-
-def _eval_loader(job: TrainingJob, engine: Engine, split: PreparedSplit) -> DataLoader[Any]:
-    """Every image of a split once; of several ranks, each has a share of the batches."""
-    size = job.train.eval_batch_size or job.batch_size
-    batches = BatchLoader(
-        EvalImages(split, job.model.resolution, job.model.num_channels),
-        batch_sampler=ShareOfBatches(len(split), size, engine.world),
-        **_loader_settings(job.train).keywords(engine.device),
-    )
-    # A loader draws a number whenever it begins. From torch's own stream, which drop path reads on a CPU, a resumed
-    # epoch would draw once more than an uninterrupted one.
-    batches.generator = torch.Generator()
-    return batches
-
-
-def _loader_settings(config: TrainConfig) -> LoaderSettings:
-    return LoaderSettings(config.num_workers, config.pin_memory, config.persistent_workers, config.prefetch_factor)
-
-
-def _windows(loader: DataLoader[Any], accum: int, clock: Clock) -> Iterator[list[Batch]]:
-    """Groups of `accum` micro-batches: what one optimizer step consumes."""
-    batches = iter(loader)
-    while True:
-        with clock.running("data_wait"):
-            window = list(islice(batches, accum))
-        if not window:
-            return
-        yield window
-
-
-def _count_skipped(position: Position, window: Sequence[Batch], split: PreparedSplit, limit: int, world: World) -> None:
-    """Note the unreadable images of a window, each once.
-
-    Raises:
-        DatasetError: there are more than `train.skip_corrupt` allows.
-    """
-    met = {image for batch in window for image in batch.skipped}
-    if limit:  # else none is skipped
-        met = set(world.union(met))
-    for image in sorted(met - set(position.skipped)):
-        position.skipped.append(image)
-        name, count = split.table.file_names[image], len(position.skipped)
-        log.warning("image %s cannot be read and is left out: %d of train.skip_corrupt: %d", name, count, limit)
-    if len(position.skipped) > limit:
-        names = ", ".join(str(split.table.file_names[image]) for image in position.skipped[:8])
-        raise DatasetError(
-            f"{len(position.skipped)} training images cannot be read, train.skip_corrupt allows {limit}: {names}",
-            hint="mend or remove them in the source and prepare the dataset again",
-        )
-
-
 def _terminated(position: Position) -> Terminated:
     return Terminated(
         f"stopped on request after optimizer step {position.global_step}",
         hint="run the same command again to continue",
     )
-
-
-def _announce(
-    job: TrainingJob, engine: Engine, images: int, sampler: EpochSampler, scales: list[int], position: Position
-) -> None:
-    parameters, ranks = sum(p.numel() for p in engine.raw_model.parameters()), engine.world.size
-    log.info(
-        "%s %.1f M parameters on %s (%s), %d train images, batch %d x %d%s = %d, %d steps per epoch, sides %s px, "
-        "seed %d",
-        job.model.variant,
-        parameters / 1e6,
-        engine.device,
-        engine.precision,
-        images,
-        job.batch_size,
-        job.grad_accum_steps,
-        f" x {ranks} ranks" if ranks > 1 else "",
-        job.batch_size * job.grad_accum_steps * ranks,
-        sampler.steps_per_epoch,
-        f"{scales[0]}..{scales[-1]}" if len(scales) > 1 else scales[0],
-        position.seed,
-    )
-    if position.epoch >= job.train.epochs:
-        asked = job.train.epochs
-        log.info("%d epochs are trained already, train.epochs asks for %d: nothing to train", position.epoch, asked)
-    elif position.global_step:
-        log.info("continuing after epoch %d, optimizer step %d", position.epoch, position.global_step)
 
 
 def _stops_early(job: TrainingJob, stopping: EarlyStopping, scores: dict[Source, CocoMetrics]) -> bool:
@@ -529,16 +359,3 @@ def _stops_early(job: TrainingJob, stopping: EarlyStopping, scores: dict[Source,
         return False
     log.info("early stopping: no gain of %g in %d evaluations", stopping.min_delta, stopping.patience)
     return True
-
-
-def _tell(row: dict[str, Any], epochs: int) -> None:
-    """The epoch's line, and one of AP per class where there is any."""
-    parts = [f"epoch {row['epoch'] + 1}/{epochs} done", f"loss {row['train/loss']:.3f}"]
-    for prefix, title in (("val/", ""), ("val/ema_", "EMA ")):
-        if f"{prefix}mAP_50_95" in row:
-            parts.append(f"{title}mAP {row[f'{prefix}mAP_50_95']:.3f}  {title}mAP50 {row[f'{prefix}mAP_50']:.3f}")
-    log.info("%s", "  ".join([*parts, f"{row['images_per_second']:.1f} images/s"]))
-    best = "val/ema_AP/" if any(name.startswith("val/ema_AP/") for name in row) else "val/AP/"
-    classes = [f"{name.removeprefix(best)} {value:.3f}" for name, value in row.items() if name.startswith(best)]
-    if classes:
-        log.info("%sAP per class: %s", "EMA " if "ema" in best else "", "  ".join(classes))

@@ -21,7 +21,6 @@ from rfdetr_core.data import transforms
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.errors import StorageAccessError
-from rfdetr_core.training import loop
 from rfdetr_core.training.engine import Engine
 from rfdetr_core.training.loop import train
 from tests.data.helpers import annotation, document, image_row, prepared, write_dataset, write_split
@@ -133,7 +132,7 @@ class TestUnwritable:
 
     @pytest.fixture(autouse=True)
     def nothing_is_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(loop, "train_loader", None)
+        monkeypatch.setattr("rfdetr_core.training.batches.train_loader", None)
         monkeypatch.setattr(Engine, "optimizer_step", None)
 
     @pytest.mark.parametrize("below", ["", "below/it"])

@@ -26,7 +26,7 @@ from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.weight_file import WeightFile, read_weight_file
-from rfdetr_core.training import checkpoint, loop, validation
+from rfdetr_core.training import batches, checkpoint, validation
 from rfdetr_core.training.clock import Clock
 from rfdetr_core.training.criterion import Criterion
 from rfdetr_core.training.engine import Engine
@@ -702,7 +702,7 @@ class TestWindows:
     def test_64_images_make_6_steps_of_3_micro_batches_of_4(self) -> None:
         sampler = EpochSampler(64, batch_size=4, grad_accum_steps=3, seed=0, scales=[32])
         micro_batches = list(sampler)
-        windows: list[Any] = list(loop._windows(sampler, 3, Clock(0.0)))
+        windows: list[Any] = list(batches.windows(sampler, 3, Clock(0.0)))
         assert (len(micro_batches), sampler.steps_per_epoch) == (18, 6)
         assert [len(window) for window in windows] == [3] * 6
         assert [batch for window in windows for batch in window] == micro_batches
