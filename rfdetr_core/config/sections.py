@@ -43,7 +43,7 @@ class EvaluateConfig(Config):
     sample_images: Int = Field(default=12, ge=0)
     """Images with their detections shown in the report."""
     batch_size: Int | None = Field(default=None, ge=1)
-    """Images per batch; null: as in training."""
+    """Images per batch; null: 8."""
 
 
 class ExportConfig(Config):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 
 import pytest
@@ -13,6 +12,7 @@ from components.images import STAGES, image
 from pipelines.containers.build import ROOT, SLIM
 from pipelines.containers.engine import Engine
 from rfdetr_core import __version__
+from tests.processes import output_of
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(300)]
 
@@ -43,16 +43,11 @@ def contained(engine: Engine, stage: str, *command: str, options: tuple[str, ...
     """Exit code and output of a command in the image of a stage."""
     kind = engine.tool.kind
     extra = ("--read-only-tmpfs=false",) if kind == "podman" and "--read-only" in options else ()
-    done = subprocess.run(
+    return output_of(
         [kind, "run", "--rm", *options, *extra, engine.tool.local_name(image(stage)), *command],
-        env={**os.environ, **engine.tool.environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        environment={**os.environ, **engine.tool.environment},
         timeout=240,
-        check=False,
     )
-    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -20,7 +20,8 @@ from pipelines.containers.engine import Engine
 from rfdetr_core.data.sample import write_sample_dataset
 from rfdetr_core.publication import read_manifest
 from rfdetr_core.storage import location
-from tests.pipelines.test_run import CONFIG, Project, environment
+from tests.pipelines.test_run import CONFIG, Project
+from tests.processes import output_of, without_settings
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(900)]
 
@@ -31,17 +32,7 @@ def command(run_id: str, *arguments: str) -> list[str]:
 
 
 def run(folder: Path, run_id: str, *arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        command(run_id, *arguments),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=840,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    return output_of(command(run_id, *arguments), folder=folder, environment=without_settings(), timeout=840)
 
 
 def left_over(engine: Engine) -> list[str]:
@@ -110,7 +101,7 @@ def test_a_training_that_was_killed_is_continued_by_the_same_command(project: Pr
     started = subprocess.Popen(
         command("killed", *arguments),
         cwd=project.folder,
-        env=environment(),
+        env=without_settings(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -170,7 +161,7 @@ def test_ctrl_c_stops_the_stage_in_its_container(project: Project, engine: Engin
     started = subprocess.Popen(
         command(name, "--set", "train.epochs=1000"),
         cwd=project.folder,
-        env=environment(),
+        env=without_settings(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -273,7 +273,8 @@ def test_blurs_average_over_their_kernel() -> None:
 
 def test_a_kernel_wider_than_the_image_is_cut() -> None:
     for name in ("Blur", "GaussianBlur"):
-        run(always(name, blur_limit=[99, 99]), noise(5, 40), [])
+        found, *_ = run(always(name, blur_limit=[99, 99]), noise(5, 40), [])
+        assert found.shape == (5, 40, 3) and spread(found) < spread(noise(5, 40))
 
 
 def test_noise_has_the_deviation_asked_for() -> None:
@@ -413,7 +414,7 @@ def test_what_is_legal_stays_as_it_was_given(config: Any) -> None:
 
 def test_every_name_of_the_vocabulary_is_implemented() -> None:
     for name in CONTAINERS:
-        run({name: THREE}, noise(), [[1, 1, 5, 5]])
+        assert any(not np.array_equal(run({name: THREE}, noise(), [[1, 1, 5, 5]], n)[0], noise()) for n in range(9))
 
 
 def test_the_documentation_has_the_presets_and_every_name() -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from components.images import STAGES
 from pipelines.containers.tool import parse_size
+from tests.processes import output_of
 from tests.test_architecture import ROOT
 
 # A container tool that does what the environment says: TROUBLE of a command is printed and ends it.
@@ -54,21 +55,16 @@ def command(tmp_path: Path) -> Command:
             (programs / name).write_text(STAND_IN)
             (programs / name).chmod(0o755)
         out = ("--out", str(tmp_path / "out")) if arguments[0] == "build" else ()
-        done = subprocess.run(
+        return output_of(
             [sys.executable, "-m", "pipelines.containers", *arguments, *out],
-            cwd=ROOT,
-            env={
+            folder=ROOT,
+            environment={
                 "PATH": str(programs),
                 "SAID": str(tmp_path / "said"),
                 **{k: v if isinstance(v, str) else json.dumps(v) for k, v in environment.items()},
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
             timeout=60,
-            check=False,
         )
-        return done.returncode, done.stdout
 
     return run
 

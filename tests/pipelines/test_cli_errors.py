@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines.s3_server import LocalS3Server
+from tests.processes import output_of, without_settings
 from tests.s3_server import BUCKET, s3_server
 
 __all__ = ["s3_server"]
@@ -18,18 +18,9 @@ __all__ = ["s3_server"]
 
 def rfdetr_pipeline(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """Exit code and all output of the command, run in `folder`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RFDETR_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments],
-        cwd=folder,
-        env={**clean, "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    alone = {**without_settings(), "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull}
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    return output_of(command, folder=folder, environment={**alone, **environment}, timeout=120)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from rfdetr_core.data.sample import write_sample_dataset
 from rfdetr_core.training import checkpoint
-from tests.pipelines.test_run import environment
+from tests.processes import without_settings
 
 GRACE_SECONDS = 20.0
 CONFIG = """
@@ -92,7 +92,7 @@ def stage(folder: Path, run: str, name: str, *arguments: str, program: str = "")
     return subprocess.Popen(
         [sys.executable, *start, "--run-uri", str(folder / "store" / "runs" / run), *arguments],
         cwd=folder,
-        env=environment(),
+        env=without_settings(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import resource
 import signal
@@ -21,6 +20,7 @@ from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.data.sample import write_sample_dataset
 from rfdetr_core.publication import MANIFEST, read_manifest
 from rfdetr_core.storage import location
+from tests.processes import output_of, without_settings
 
 CONFIG = """
 name: shapes
@@ -52,10 +52,6 @@ class Project(NamedTuple):
         return json.loads((self.run / name).read_text())
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RFDETR_"))}
-
-
 def processor_seconds() -> float:
     """What all processes took that this one started and that have ended: it is the same on a loaded machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -63,17 +59,8 @@ def processor_seconds() -> float:
 
 
 def rfdetr_pipeline(folder: Path, *arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    return output_of(command, folder=folder, environment=without_settings(), timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +220,7 @@ def test_ctrl_c_stops_everything_that_was_started(project: Project, signum: int)
     run = subprocess.Popen(
         [*command, "--set", "train.epochs=1000"],
         cwd=project.folder,
-        env=environment(),
+        env=without_settings(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
