@@ -87,7 +87,7 @@ class KfpApi:
 
         for wait in (*WAITS, None) if method in ("GET", "DELETE") else (None,):
             try:
-                return send(method, url, **options)
+                return _json_only(send(method, url, **options))
             except (ApiException, HTTPError) as error:
                 again = not isinstance(error, ApiException) or error.status in _TRANSIENT
                 if wait is None or not again:
@@ -199,6 +199,13 @@ def _client(connection: Connection) -> Any:
             cookies=os.environ.get(COOKIE_VARIABLE) or None,
             ssl_ca_cert=ca or None,
         )
+
+
+def _json_only(answer: Any) -> Any:
+    """Refuse a web page, as a gateway sends one to log in: kfp's client would take it for an answer without fields."""
+    if answer.data.strip()[:1] not in (b"", b"{", b"["):
+        raise ValueError("it sent a web page")
+    return answer
 
 
 def _need_kubeconfig() -> None:
