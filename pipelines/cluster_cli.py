@@ -13,7 +13,7 @@ from rich.console import Console
 
 from components.images import DIGESTS, built_images, pinned_images
 from pipelines.cron import parse_cron
-from pipelines.kfp_api import Connection
+from pipelines.kfp_api import Connection, KfpApi
 from pipelines.platform import Profile, load_profile
 from rfdetr_core.config import merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError
@@ -101,17 +101,14 @@ def submit(
     request = replace(
         request, run_id=run_id, gpu_type=gpu_type, gpu_count=gpu_count, experiment=experiment, choices=choices
     )
-    connection = Connection(host, namespace)
     prepared = entry.prepare(request)
-    done = entry.submit(prepared, connection, if_changed=if_changed, say=_say)
+    api = KfpApi(Connection(host, namespace))
+    done = entry.submit(prepared, api, if_changed=if_changed, say=_say)
     if done is None:
         _say("nothing to do")
         if summary is not None:
             summary.write_text("# Nothing changed: no run was started\n")
         return
-    from pipelines.kfp_api import KfpApi
-
-    api = KfpApi(connection)
     _say(f"{'started' if done.created else 'found, ' + done.state.lower()}: {done.run_id}")
     _say(f"run:  {api.link}/#/runs/details/{done.kfp_run_id}")
     _say(f"data: {done.run_uri}")
@@ -145,8 +142,8 @@ def schedule(
         entry, config, assignments, overrides, root, load_profile(profile), digests=digests, unpinned=unpinned
     )
     request = replace(request, gpu_type=gpu_type, gpu_count=gpu_count, experiment=experiment, choices=choices)
-    connection = Connection(host, namespace)
-    made = entry.schedule(entry.prepare(request), connection, name, times, say=_say)
+    prepared = entry.prepare(request)
+    made = entry.schedule(prepared, KfpApi(Connection(host, namespace)), name, times, say=_say)
     _say(f"{'scheduled' if made else 'scheduled already'}: {name}, {times.text}")
     for moment in itertools.islice(times.after(datetime.now()), 3):
         _say(f"  {moment:%a %Y-%m-%d %H:%M:%S}")
@@ -164,7 +161,7 @@ def unschedule(
     """Remove a schedule; runs that it started stay."""
     from pipelines import submit as entry
 
-    entry.unschedule(Connection(host, namespace), name)
+    entry.unschedule(KfpApi(Connection(host, namespace)), name)
     _say(f"removed the schedule {name}")
 
 
@@ -182,7 +179,6 @@ def wait(
     Exit code: 0; that of the stage that failed; 143 if it was cancelled; 75 after the timeout.
     """
     from pipelines.following import find_run
-    from pipelines.kfp_api import KfpApi
 
     api = KfpApi(Connection(host, namespace))
     _wait(api, str(find_run(api, run).run_id), timeout, poll, summary)
@@ -197,11 +193,10 @@ def logs(
 ) -> None:
     """Print what the stages of a run logged."""
     from pipelines import following
-    from pipelines.kfp_api import KfpApi
 
     stages = following.stage_names(stage)
     api = KfpApi(Connection(host, namespace))
-    following.logs(following.find_run(api, run), stages, namespace or "kubeflow", _say)
+    following.logs(following.find_run(api, run), stages, api.pods_namespace, _say)
 
 
 def cancel(
@@ -212,7 +207,6 @@ def cancel(
 ) -> None:
     """Stop a run; submitting it again with the same --run-id continues it."""
     from pipelines import following
-    from pipelines.kfp_api import KfpApi
 
     api = KfpApi(Connection(host, namespace))
     found = following.find_run(api, run)

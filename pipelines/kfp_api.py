@@ -66,6 +66,7 @@ class KfpApi:
         self.pipelines, self.runs = self.client._pipelines_api, self.client._run_api
         self.schedules, self.experiments = self.client._recurring_run_api, self.client._experiment_api
         rest = self.runs.api_client.rest_client
+        rest.pool_manager.connection_pool_kw["retries"] = 0  # urllib3's own would come on top of ours
         send = rest.request
 
         def request(method: str, url: str, **options: Any) -> Any:
@@ -78,6 +79,11 @@ class KfpApi:
     def namespace(self) -> str | None:
         """What the API is told: a KFP of one namespace wants none."""
         return self._connection.namespace if self.multi_user else None
+
+    @property
+    def pods_namespace(self) -> str:
+        """Where the pods of runs are."""
+        return self._connection.namespace or "kubeflow"
 
     def _send(self, send: Callable[..., Any], method: str, url: str, options: dict[str, Any]) -> Any:
         """Again where the answer is transient, and again with fresh credentials after a 401. A POST is sent once:

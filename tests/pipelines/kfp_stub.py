@@ -105,7 +105,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(answer, said)
         return self._answer(200, json.dumps(answer).encode())
 
-    do_GET = do_POST = do_DELETE = _handle
+    def do_GET(self) -> None:
+        self._handle()
+
+    def do_POST(self) -> None:
+        self._handle()
+
+    def do_DELETE(self) -> None:
+        self._handle()
 
     def _act(self, path: str, query: dict[str, str], body: Any, raw: bytes) -> Any:
         stub = self.stub
