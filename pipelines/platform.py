@@ -335,10 +335,10 @@ def load_profile(name: str) -> Profile:
     """
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     values = _extended(path, name)
-    defaults, stages = values.pop("defaults", None) or {}, values.pop("stages", None) or {}
+    defaults, stages = values.pop("defaults", {}), values.pop("stages", {})
     if not isinstance(defaults, dict) or not isinstance(stages, dict):
         raise ConfigError(f"{path}: defaults and stages must be mappings")
-    given = {stage: stages.get(stage) or {} for stage in CONTAINERS}
+    given = {stage: stages.get(stage, {}) for stage in CONTAINERS}
     below = {stage: merge(defaults, said) if isinstance(said, dict) else said for stage, said in given.items()}
     return Profile.parse({"name": path.stem, **values, "stages": {**stages, **below}}, source=str(path))
 
