@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipelines.cluster_checks import load_cluster_config
 from rfdetr_core.errors import ConfigError, RFDETRError, TransientError, UserError
 
 TIMEOUT_SECONDS = (10, 60)  # to connect, to answer
@@ -216,19 +217,9 @@ def _json_only(answer: Any) -> Any:
 
 def _need_kubeconfig() -> None:
     """Without an address kfp goes through the cluster's API server, and without a kubeconfig to localhost:80."""
-    from kubernetes import config
-
-    try:
-        config.load_incluster_config()
-        return
-    except config.ConfigException:
-        pass
-    try:
-        config.load_kube_config()
-    except (config.ConfigException, OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"no --host, and no kubeconfig that leads to a cluster: {_line(str(error))}", hint=_FORWARD
-        ) from None
+    reason = load_cluster_config()
+    if reason:
+        raise ConfigError(f"no --host, and no kubeconfig that leads to a cluster: {_line(reason)}", hint=_FORWARD)
 
 
 def _said(error: Any) -> str:
