@@ -17,6 +17,7 @@ from pipelines.kfp_api import Connection, KfpApi
 from pipelines.platform import Profile, load_profile
 from rfdetr_core.config import merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError
+from rfdetr_core.storage import location
 
 console = Console(highlight=False)
 
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     for command in (submit, schedule, unschedule, wait, logs, cancel):
         app.command()(command)
     app.command("compile")(compile_pipeline)
+    app.command("gc")(collect_garbage)
 
 
 def compile_pipeline(
@@ -216,6 +218,30 @@ def cancel(
         if stopped
         else f"{found.display_name} has ended already: {found.state.lower()}"
     )
+
+
+def collect_garbage(
+    keep: Annotated[int, typer.Option("--keep", help="How many of the newest runs of each model stay as they are.")],
+    root: Annotated[str | None, typer.Option("--root", envvar="RFDETR_ROOT", help="The store.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Do it; without this it is only shown.")] = False,
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Remove old runs, datasets that nothing uses, checkpoints of registered runs; nothing that the registry needs."""
+    if root is None:
+        raise ConfigError("no store to look at", hint="give --root s3://bucket/prefix, or set RFDETR_ROOT")
+    from pipelines.housekeeping import carry_out, plan
+
+    place = location(root)
+    made = plan(place, keep=keep)
+    for note in made.notes:
+        _say(f"note: {note}")
+    if delete:
+        carry_out(place, made, _say)
+    else:
+        for removal in made.removals:
+            _say(f"{removal.size / 1e6:10.1f} MB  {removal.folder}: {removal.reason}")
+    done = "removed" if delete else "to remove; --delete does it"
+    _say(f"{made.size / 1e9:.3f} GB in {len(made.removals)} places {done}")
 
 
 def _request(
