@@ -127,12 +127,12 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
     log_file = work / "stage.log"
     stop = StopFlag()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    status = _Status(stage)
+    status = StageStatus(stage)
     run: Location | None = None
     try:
-        with _logging(stage, log_file):
+        with stage_logging(stage, log_file):
             try:
-                place, root = _locate(arguments.run_uri)
+                place, root = locate_run(arguments.run_uri)
                 status.begin(place)
                 run = place  # the store answers: from here on every outcome is written to it
                 state = _execute(stage, body, arguments, run, root, work, stop, status)
@@ -170,15 +170,14 @@ def _execute(
     root: Location,
     work: Path,
     stop: StopFlag,
-    status: _Status,
+    status: StageStatus,
 ) -> str:
     """The stage proper; returns the state that its status tells."""
     hardware_threads()
     config = _config(stage, arguments, run)
     target = run / stage.folder
     inputs = _inputs_digest(stage, config, run)
-    attempt = os.environ.get("RFDETR_ATTEMPT", "")
-    status.facts |= {"inputs": inputs, "attempt": attempt}
+    status.facts["inputs"] = inputs
     if arguments.force:
         unpublish(target)  # first: a reader must not meet a manifest without its files
         target.delete_tree()
@@ -186,7 +185,7 @@ def _execute(
     if manifest is not None and manifest.inputs == inputs:
         log.info("already done: %s", target.uri)
         return "already done"
-    _refuse_known_failure(status.previous, inputs, attempt)
+    _refuse_known_failure(status.previous, inputs, status.attempt)
 
     output = work / "out"
     output.mkdir()
@@ -198,7 +197,7 @@ def _execute(
         work=work,
         output=output,
         inputs=inputs,
-        attempt=attempt,
+        attempt=status.attempt,
         stop=stop,
         facts=status.facts,
     )
@@ -231,7 +230,7 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
     return parser
 
 
-def _locate(run_uri: str) -> tuple[Location, Location]:
+def locate_run(run_uri: str) -> tuple[Location, Location]:
     """The run, and the root it belongs to."""
     base, _, run_id = run_uri.rstrip("/").rpartition("/")
     root_uri, _, runs = base.rpartition("/")
@@ -293,7 +292,7 @@ def _report(error: Exception | ExitError, *, debug: bool) -> None:
 
 
 @contextmanager
-def _logging(stage: Stage, path: Path) -> Iterator[None]:
+def stage_logging(stage: Stage, path: Path) -> Iterator[None]:
     """Our INFO and others' warnings to the terminal and to the log file, which has tracebacks as well."""
     logging.captureWarnings(True)
     root = logging.getLogger()
@@ -314,15 +313,16 @@ def _logging(stage: Stage, path: Path) -> Iterator[None]:
             handler.close()
 
 
-class _Status:
+class StageStatus:
     """status/<stage>.json: always written, also on failure."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.attempt = os.environ.get("RFDETR_ATTEMPT", "")
         self._started = datetime.now(UTC)
         self.exit_code = RFDETRError.exit_code
         self.previous: dict[str, Any] | None = None
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {"attempt": self.attempt}
         self._outcome: dict[str, Any] = {"state": "running"}
 
     def begin(self, run: Location) -> None:
