@@ -67,6 +67,7 @@ class StageContext:
     stop: StopFlag
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the status file
     uploaded: dict[str, FileDigest] = field(default_factory=dict)  # files the body put into `target()` itself
+    published_elsewhere: bool = False  # another process publishes, or has published, what this stage stands for
 
     def target(self) -> Location:
         """Where the stage's result is published."""
@@ -203,6 +204,8 @@ def _execute(
         facts=status.facts,
     )
     body(context)
+    if context.published_elsewhere:
+        return "succeeded"
     if context.uploaded:
         seal(target, inputs=inputs, extra=_made_by(), known={**target.upload_tree(output), **context.uploaded})
     else:

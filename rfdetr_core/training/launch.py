@@ -142,7 +142,12 @@ def _run(
         # Standard output is where the ranks put progress bars; torchrun's own traceback would only hide their errors.
         # A session of its own keeps Ctrl-C from them: it is for us, who ask them to stop.
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=2, stderr=said, env=_environment(ranks, nodes), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=2,
+            stderr=said,
+            env=_environment(ranks, nodes),
+            start_new_session=True,
         )
         try:
             while process.poll() is None:
