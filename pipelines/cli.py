@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from components.images import DIGESTS, PINNED, pinned_images
+from pipelines.argo_cli import argo
 from pipelines.containers.engine import Containers, local_inputs
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
@@ -24,6 +25,7 @@ from rfdetr_core.storage import location
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 weights = typer.Typer(no_args_is_help=True, help="Pretrained weights in the store.")
 app.add_typer(weights, name="weights")
+app.add_typer(argo, name="argo")
 console = Console(highlight=False)
 
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")

@@ -25,21 +25,36 @@ class KubernetesStub:
     bodies: list[Json] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     refuse: Callable[[str, str], int] = lambda method, kind: 0  # a status other than 0 is the answer
+    allows: Callable[[str, str], bool] = lambda verb, kind: True
     on_create: Callable[[str, Json], None] = lambda kind, body: None
     on_read: Callable[[str, Json], None] = lambda kind, body: None
 
     def answer(self, method: str, target: str, body: Json | None) -> tuple[int, Any]:
         """Status and content of one call."""
         parts, query = urlsplit(target), parse_qs(urlsplit(target).query)
+        if parts.path.endswith("/selfsubjectaccessreviews"):
+            asked = body["spec"]["resourceAttributes"]  # type: ignore[index]
+            return 201, {"status": {"allowed": self.allows(asked["verb"], asked["resource"])}}
         _, _, rest = parts.path.partition("/namespaces/")
-        _, kind, *names = rest.split("/")
+        namespace, *more = rest.split("/")
+        kind, *names = more or ("namespaces", namespace)
         if status := self.refuse(method, kind):
             return status, {"kind": "Status", "message": f"{kind} is forbidden or the like", "code": status}
         if method == "POST":
             name = body["metadata"].get("name") or body["metadata"]["generateName"] + "x7k2p"  # type: ignore[index]
             if (kind, name) in self.objects:
                 return 409, {"kind": "Status", "message": f'{kind} "{name}" already exists', "code": 409}
-            made = {**body, "metadata": {**body["metadata"], "name": name, "creationTimestamp": "2026-11-26T00:00:00Z"}}  # type: ignore[index,dict-item]
+            if "dryRun" in query:
+                return 201, body
+            made = {
+                **body,
+                "metadata": {
+                    **body["metadata"],
+                    "name": name,
+                    "creationTimestamp": "2026-11-26T00:00:00Z",
+                    "resourceVersion": "1",
+                },
+            }  # type: ignore[index,dict-item]
             self.objects[kind, name] = made
             self.on_create(kind, made)
             return 201, made

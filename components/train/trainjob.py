@@ -19,6 +19,9 @@ TRAINJOBS = "apis/trainer.kubeflow.org/v1alpha1/trainjobs"
 SETTINGS = "RFDETR_TRAINJOB"
 """Environment variable of the train stage: a JSON object, the fields of `NodeSettings`. Set by the profile."""
 
+AWAITED = "RFDETR_TRAINJOBS"
+"""Set for every stage that must know that a TrainJob trains: the first one, train and notify."""
+
 RUN_LABEL = "rfdetr/run"
 """Which run a TrainJob belongs to, as `run_key` writes it."""
 INPUTS, RUN_URI = "rfdetr/inputs", "rfdetr/run-uri"
@@ -38,12 +41,15 @@ class NodeSettings:
     memory: str
     shm: str
     scratch: str
+    disk: str
     gpus: int = 0
     gpu_type: str = ""
     runtime: str = "rfdetr-torch"
     deadline_seconds: int = 604800
     environment: dict[str, str] = field(default_factory=dict)
-    secrets: list[dict[str, str]] = field(default_factory=list)  # name, secret, entry of it
+    secrets: list[dict[str, Any]] = field(default_factory=list)  # name, secret, entry of it, optional
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
     pod: dict[str, Any] = field(default_factory=dict)  # part of a pod's spec: where it may run, who pulls its image
 
     @classmethod
@@ -85,7 +91,7 @@ def train_job(
         nodes, devices: `train.num_nodes` and `train.devices`; a count of devices is also how many GPUs a node gets.
         inputs, attempt: of the stage.
     """
-    resources = {"cpu": settings.cpu, "memory": settings.memory}
+    resources = {"cpu": settings.cpu, "memory": settings.memory, "ephemeral-storage": settings.disk}
     if settings.gpu_type:
         resources[settings.gpu_type] = str(devices if isinstance(devices, int) else settings.gpus)
     environment = {**settings.environment, "RFDETR_IMAGE": settings.image, "RFDETR_ATTEMPT": attempt}
@@ -117,8 +123,9 @@ def _plain(values: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in sorted(values.items())]
 
 
-def _from_secret(row: Mapping[str, str]) -> dict[str, Any]:
-    return {"name": row["name"], "valueFrom": {"secretKeyRef": {"name": row["secret"], "key": row["entry"]}}}
+def _from_secret(row: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {"name": row["secret"], "key": row["entry"], **({"optional": True} if row.get("optional") else {})}
+    return {"name": row["name"], "valueFrom": {"secretKeyRef": entry}}
 
 
 def _patch(settings: NodeSettings, run_uri: str) -> dict[str, Any]:
@@ -128,8 +135,10 @@ def _patch(settings: NodeSettings, run_uri: str) -> dict[str, Any]:
         "volumes": [
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shm}},
             {"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}},
+            *settings.pod.get("volumes", ()),
         ],
     }
-    template = {"metadata": {"labels": {RUN_LABEL: run_key(run_uri)}}, "spec": pod}
+    metadata = {"labels": {**settings.labels, RUN_LABEL: run_key(run_uri)}, "annotations": settings.annotations}
+    template = {"metadata": metadata, "spec": pod}
     jobs = [{"name": CONTAINER, "template": {"spec": {"template": template}}}]
     return {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}}}

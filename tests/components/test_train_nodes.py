@@ -66,6 +66,7 @@ SETTINGS_OF_TWO = NodeSettings(
     memory="192Gi",
     shm="64Gi",
     scratch="250Gi",
+    disk="254Gi",
     gpus=8,
     gpu_type="nvidia.com/gpu",
     deadline_seconds=3600,
@@ -162,7 +163,12 @@ class TestTheTrainJob:
         assert spec["trainer"]["numNodes"] == 2 and spec["activeDeadlineSeconds"] == 3600
         assert spec["trainer"]["command"] == ["python", "-m", "components.train.node"]
         assert spec["trainer"]["args"] == ["--run-uri", "s3://b/d/runs/weekly-12"]
-        wanted = {"cpu": "32", "memory": "192Gi", "nvidia.com/gpu": "4"}  # of train.devices, not of the profile
+        wanted = {
+            "cpu": "32",
+            "memory": "192Gi",
+            "ephemeral-storage": "254Gi",
+            "nvidia.com/gpu": "4",
+        }  # of train.devices, not of the profile
         assert spec["trainer"]["resourcesPerNode"] == {"requests": wanted, "limits": wanted}
         environment = {row["name"]: row.get("value", row.get("valueFrom")) for row in spec["trainer"]["env"]}
         assert environment["RFDETR_ATTEMPT"] == "job-1" and environment["RFDETR_IMAGE"] == SETTINGS_OF_TWO.image
