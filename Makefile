@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long parameters golden bench peer lint compile docs lock lock-images images test-containers push clean
+.PHONY: help setup demo test test-long parameters golden bench peer lint compile ir docs lock lock-images images test-containers push clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+ir: $(READY) ## Write the reviewed KFP IR of every profile anew (tests/golden/ir): look at the difference
+	$(BIN)/python -m tests.pipelines.golden_ir
 
 compile: $(READY) ## Write the pipeline as KFP IR YAML to build/retrain.yaml
 	$(BIN)/rfdetr-pipeline compile --output build/retrain.yaml

@@ -25,7 +25,15 @@ from types import FrameType
 from typing import Any
 
 from rfdetr_core import __version__, hardware
-from rfdetr_core.config import ModelConfig, RunConfig, dump_yaml, load_run_config, parse_overrides, section_digest
+from rfdetr_core.config import (
+    ModelConfig,
+    RunConfig,
+    dump_yaml,
+    load_run_config,
+    merge,
+    parse_overrides,
+    section_digest,
+)
 from rfdetr_core.errors import ConfigError, ExitError, RFDETRError, Terminated, UserError
 from rfdetr_core.publication import fetch, manifest_digest, publish, read_manifest, seal, unpublish
 from rfdetr_core.storage import FileDigest, Location, location
@@ -128,12 +136,12 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
     log_file = work / "stage.log"
     stop = StopFlag()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    status = _Status(stage)
+    status = StageStatus(stage)
     run: Location | None = None
     try:
-        with _logging(stage, log_file):
+        with stage_logging(stage, log_file):
             try:
-                place, root = _locate(arguments.run_uri)
+                place, root = locate_run(arguments.run_uri)
                 status.begin(place)
                 run = place  # the store answers: from here on every outcome is written to it
                 state = _execute(stage, body, arguments, run, root, work, stop, status)
@@ -171,15 +179,14 @@ def _execute(
     root: Location,
     work: Path,
     stop: StopFlag,
-    status: _Status,
+    status: StageStatus,
 ) -> str:
     """The stage proper; returns the state that its status tells."""
     hardware_threads()
     config = _config(stage, arguments, run)
     target = run / stage.folder
     inputs = _inputs_digest(stage, config, run)
-    attempt = os.environ.get("RFDETR_ATTEMPT", "")
-    status.facts |= {"inputs": inputs, "attempt": attempt}
+    status.facts["inputs"] = inputs
     if arguments.force:
         unpublish(target)  # first: a reader must not meet a manifest without its files
         target.delete_tree()
@@ -187,7 +194,7 @@ def _execute(
     if manifest is not None and manifest.inputs == inputs:
         log.info("already done: %s", target.uri)
         return "already done"
-    _refuse_known_failure(status.previous, inputs, attempt)
+    _refuse_known_failure(status.previous, inputs, status.attempt)
 
     output = work / "out"
     output.mkdir()
@@ -199,7 +206,7 @@ def _execute(
         work=work,
         output=output,
         inputs=inputs,
-        attempt=attempt,
+        attempt=status.attempt,
         stop=stop,
         facts=status.facts,
     )
@@ -229,12 +236,13 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
     parser.add_argument("--run-uri", required=True, help="<root>/runs/<run-id>: a folder or s3://bucket/prefix/runs/id")
     parser.add_argument("--config", default="", help="YAML of the run, a path or an s3:// URI; read by the first stage")
     parser.add_argument("--overrides", default="", help="JSON object merged over the YAML; read by the first stage")
+    parser.add_argument("--gpu-count", default="", help="GPUs of a pod that trains, for train.devices; likewise")
     parser.add_argument("--force", action="store_true", help="run again although the result is there")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser
 
 
-def _locate(run_uri: str) -> tuple[Location, Location]:
+def locate_run(run_uri: str) -> tuple[Location, Location]:
     """The run, and the root it belongs to."""
     base, _, run_id = run_uri.rstrip("/").rpartition("/")
     root_uri, _, runs = base.rpartition("/")
@@ -254,7 +262,10 @@ def _config(stage: Stage, arguments: argparse.Namespace, run: Location) -> RunCo
         return load_run_config((run / "config.yaml").uri)
     if not arguments.config:
         raise ConfigError("--config is missing", hint="give the run's YAML, a path or an s3:// URI")
-    config = load_run_config(arguments.config, parse_overrides(arguments.overrides or "{}"))
+    changed = parse_overrides(arguments.overrides or "{}")
+    if arguments.gpu_count:  # unless the overrides say otherwise: GPUs that are paid for and idle are what nobody means
+        changed = merge({"train": {"devices": arguments.gpu_count}}, changed)
+    config = load_run_config(arguments.config, changed)
     text = dump_yaml(config)
     (run / "config.yaml").write_bytes(text.encode())
     log.info("resolved configuration:\n%s", text.rstrip())
@@ -296,7 +307,7 @@ def _report(error: Exception | ExitError, *, debug: bool) -> None:
 
 
 @contextmanager
-def _logging(stage: Stage, path: Path) -> Iterator[None]:
+def stage_logging(stage: Stage, path: Path) -> Iterator[None]:
     """Our INFO and others' warnings to the terminal and to the log file, which has tracebacks as well."""
     logging.captureWarnings(True)
     root = logging.getLogger()
@@ -317,15 +328,16 @@ def _logging(stage: Stage, path: Path) -> Iterator[None]:
             handler.close()
 
 
-class _Status:
+class StageStatus:
     """status/<stage>.json: always written, also on failure."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.attempt = os.environ.get("RFDETR_ATTEMPT", "")
         self._started = datetime.now(UTC)
         self.exit_code = RFDETRError.exit_code
         self.previous: dict[str, Any] | None = None
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {"attempt": self.attempt}
         self._outcome: dict[str, Any] = {"state": "running"}
 
     def begin(self, run: Location) -> None:

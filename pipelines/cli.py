@@ -1,20 +1,18 @@
-"""rfdetr-pipeline: run the retraining DAG on this machine, or compile it for a cluster."""
+"""rfdetr-pipeline: run the retraining DAG on this machine or on a cluster."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from components.images import DIGESTS, PINNED, pinned_images
 from pipelines.argo_cli import argo
+from pipelines.cluster_cli import register
 from pipelines.containers.engine import Containers, local_inputs
 from pipelines.local import RunOutcome, new_run_id, run_locally
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
@@ -26,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 weights = typer.Typer(no_args_is_help=True, help="Pretrained weights in the store.")
 app.add_typer(weights, name="weights")
 app.add_typer(argo, name="argo")
+register(app)
 console = Console(highlight=False)
 
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")
@@ -61,6 +60,11 @@ def run(
     """
     changed = merge(parse_overrides(overrides), parse_assignments(assignments or []))
     resolved = load_run_config(config, changed)  # what can be known to be wrong is said before anything starts
+    if resolved.train.num_nodes > 1:
+        raise ConfigError(
+            f"train.num_nodes: {resolved.train.num_nodes}, and this is one machine",
+            hint="submit to a cluster with the profile multi-node",
+        )
     config_uri = _absolute(config)
     if root is None:
         _refuse_foreign_store(config_uri, resolved.dataset.uri)
@@ -68,7 +72,8 @@ def run(
     if in_containers:
         paths, mounts = local_inputs(config_uri, resolved)
         changed = merge(changed, paths)
-        containers = Containers(cpus=cpus, memory=memory, gpus=gpus, mounts=mounts)
+        webhook = resolved.notify.webhook_secret_env
+        containers = Containers(cpus=cpus, memory=memory, gpus=gpus, mounts=mounts, webhook=webhook)
     elif cpus or memory or gpus:
         raise ConfigError("--cpus, --memory and --gpus are for containers", hint="give --in-containers as well")
     run_id = run_id or new_run_id()
@@ -79,25 +84,6 @@ def run(
         raise typer.Exit(130) from None
     _show(outcome, resolved)
     raise typer.Exit(outcome.exit_code)
-
-
-@app.command("compile")
-def compile_pipeline(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("retrain.yaml"),
-    pinned: Annotated[bool, typer.Option("--pinned", help="Name images by the digests that make push wrote.")] = False,
-    digests: Annotated[Path, typer.Option("--digests", help="The file that it wrote.")] = DIGESTS,
-) -> None:
-    """Write the DAG as KFP IR YAML, for a cluster; the same bytes every time."""
-    if pinned:
-        pinned_images(digests)  # what is wrong with the file is said before kfp comes
-        os.environ[PINNED] = str(digests)  # read when the components are imported
-    from kfp import compiler
-
-    from pipelines.retrain import retrain
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(retrain, str(output))
-    console.print(f"wrote {output}")
 
 
 @weights.command("put")

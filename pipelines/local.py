@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from components.images import STAGES
 from components.runtime import RUN_ID
+from components.stages import CONTAINERS, DAG
 from pipelines.containers.engine import Containers, container_engine, container_exits, stage_settings
 from pipelines.s3_server import LocalS3Server
 from rfdetr_core.errors import ConfigError, RFDETRError
@@ -34,7 +34,6 @@ from rfdetr_core.storage import Location, location
 
 RUNS = Path("runs")
 BUCKET = "rfdetr"
-FOLDERS = dict(zip(STAGES, ("dataset", "probe", "train", "evaluate", "export", "promote"), strict=True))
 KILLED = 137
 GRACE_SECONDS = 60.0  # a stage that is told to stop may finish its optimizer step and store a checkpoint
 
@@ -185,7 +184,7 @@ def _run_worker(request: dict[str, Any], environment: dict[str, str], workplace:
 
 def _is_for_people(line: str) -> bool:
     """A line that a stage logged; kfp's own words between them are in kfp.log."""
-    return re.match(rf"\s*\d\d:\d\d:\d\d ({'|'.join(STAGES)}) [A-Z]+ ", line) is not None
+    return re.match(rf"\s*\d\d:\d\d:\d\d ({'|'.join(CONTAINERS)}) [A-Z]+ ", line) is not None
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -232,11 +231,11 @@ def _outcomes(
         exits: how containers ended, of stages that ran in one.
     """
     rows = []
-    for stage in STAGES:
+    for stage, name in ((facts.name, facts.folder) for facts in DAG):
         place = run / "status" / f"{stage}.json"
         status = place.read_json() if place.exists() else {}
         ended = exits.get(stage, {})
-        result = str(folder / FOLDERS[stage] if folder else f"{run.uri}/{FOLDERS[stage]}")
+        result = str(folder / name if folder else f"{run.uri}/{name}")
         code = ended.get("exit_code") or None
         killed = status.get("state") == "running" and status["started"] >= begun.isoformat(timespec="seconds")
         if killed:

@@ -418,8 +418,10 @@ def apply(
     task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
     task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
     if wanted.gpus:
-        task.set_accelerator_type(gpu_type)
-        task.set_accelerator_limit(gpu_count if stage.name == "train" else wanted.gpus)
+        count = gpu_count if stage.name == "train" else str(wanted.gpus)
+        task.set_accelerator_type(gpu_type).set_accelerator_limit(count)
+        # kfp 2.17.0 hands these two to the task and not to the group of tasks around it, unless it is told of them.
+        task.register_pipeline_channels([channel for channel in (gpu_type, count) if not isinstance(channel, str)])
     retry = wanted.retry
     task.set_retry(
         retry.limit,
@@ -467,7 +469,7 @@ def apply(
         kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))
     for key, value in {
         "app.kubernetes.io/name": "rfdetr-pipeline",
-        "rfdetr/stage": stage.target,
+        "app.kubernetes.io/component": stage.target,
         **wanted.labels,
     }.items():
         kubernetes.add_pod_label(task, key, value)

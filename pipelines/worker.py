@@ -22,7 +22,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)
     from kfp import local
 
-    from pipelines.retrain import retrain
+    from pipelines.retrain import pipeline
 
     runner = _containers(request["containers"]) if request["containers"] else local.SubprocessRunner(use_venv=False)
     local.init(
@@ -32,7 +32,7 @@ def main() -> int:
         raise_on_error=True,
     )
     try:
-        retrain(**request["arguments"])
+        pipeline()(**request["arguments"])
     except RuntimeError as error:
         # Raised for a failed task; anything else is a defect and keeps its traceback.
         print(f"kfp: {error}", file=sys.stderr)  # noqa: T201

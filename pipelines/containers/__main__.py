@@ -7,7 +7,8 @@ import functools
 import sys
 from pathlib import Path
 
-from components.images import DIGESTS, STAGES
+from components.images import DIGESTS
+from components.stages import CONTAINERS
 from pipelines.containers.build import DEFAULT_BASE, ROOT, build_images
 from pipelines.containers.push import push_images
 from pipelines.containers.tool import container_tool
@@ -20,7 +21,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="build the image of every stage")
     build.add_argument("--base", default=DEFAULT_BASE, help=f"image to build on (default: {DEFAULT_BASE})")
-    build.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated")
+    build.add_argument("--stage", action="append", choices=tuple(CONTAINERS), help="only this stage; may be repeated")
     build.add_argument("--out", type=Path, default=ROOT / "build", help="where logs and bills of materials go")
     push = commands.add_parser("push", help="push them to a registry and write images/digests.json")
     push.add_argument("registry", help="such as registry.example.com/team")
@@ -30,7 +31,7 @@ def main() -> int:
     try:
         with container_tool() as tool:
             if arguments.command == "build":
-                stages = tuple(arguments.stage or STAGES)
+                stages = tuple(arguments.stage or CONTAINERS)
                 build_images(tool, base=arguments.base or DEFAULT_BASE, stages=stages, out=arguments.out, say=say)
             else:
                 push_images(tool, arguments.registry, path=arguments.digests, say=say)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.images import STAGES, image
+from components.images import image
+from components.stages import CONTAINERS
 from pipelines.containers.sbom import LIST_PACKAGES, cyclonedx
 from pipelines.containers.tool import Tool, ToolError, ca_bundle, unreachable
 from rfdetr_core import __version__
@@ -18,9 +19,8 @@ from rfdetr_core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_BASE = "docker.io/library/python:3.11-slim-bookworm"
-SLIM = ("validate_dataset", "promote")
 MB = 1_000_000
-LIMITS = {stage: (350 if stage in SLIM else 300) * MB for stage in STAGES}
+LIMITS = {facts.name: (300 if facts.torch else 350) * MB for facts in CONTAINERS.values()}
 """Bytes of an image over what it stands on: the base image for the slim ones, the torch image for the others."""
 
 
@@ -36,7 +36,7 @@ class Built:
 
     def line(self) -> str:
         """For people."""
-        below, limit = "the base" if self.stage in SLIM else "torch", LIMITS[self.stage] / MB
+        below, limit = "torch" if CONTAINERS[self.stage].torch else "the base", LIMITS[self.stage] / MB
         sizes = f"{self.size / MB:.0f} MB, {self.over / MB:.0f} MB over {below} ({limit:.0f} at most)"
         return f"{self.image}: {self.seconds:.1f} s, {sizes}"
 
@@ -46,7 +46,7 @@ def build_images(
     *,
     base: str = DEFAULT_BASE,
     out: Path = ROOT / "build",
-    stages: tuple[str, ...] = STAGES,
+    stages: tuple[str, ...] = tuple(CONTAINERS),
     say: Callable[[str], None] = print,
 ) -> None:
     """Build all targets; `say` gets a line for each, and `out` logs and bills of materials.
@@ -69,9 +69,9 @@ def build_images(
 def build_image(tool: Tool, stage: str, *, base: str, out: Path) -> Built:
     """Build the image of one stage, after the one it stands on, and its bill of materials."""
     started = time.monotonic()
-    below = base if stage in SLIM else _torch(tool, base, out)
+    below = _torch(tool, base, out) if CONTAINERS[stage].torch else base
     name = tool.local_name(image(stage))
-    _build(tool, stage.replace("_", "-"), image(stage), base, out)
+    _build(tool, CONTAINERS[stage].target, image(stage), base, out)
     described = tool.describe(name)
     layers, lower = described["RootFS"]["Layers"], tool.describe(below)["RootFS"]["Layers"]
     if layers[: len(lower)] != lower:
@@ -131,7 +131,7 @@ def _need_base(tool: Tool, base: str) -> None:
 
 
 def _write_sbom(tool: Tool, built: Built, identity: str, out: Path) -> None:
-    path = out / "sbom" / f"{built.stage.replace('_', '-')}.cdx.json"
+    path = out / "sbom" / f"{CONTAINERS[built.stage].target}.cdx.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     document = cyclonedx(image(built.stage), identity, tool.python(built.image, LIST_PACKAGES))
     path.write_text(json.dumps(document, indent=2) + "\n")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.images import STAGES, image
+from components.images import built_images, image
 from pipelines.bound import bound_to_parent
 from pipelines.containers.tool import Tool, container_tool
 from rfdetr_core.config import RunConfig
@@ -36,12 +36,14 @@ class Containers:
         memory: memory of each container, such as 8g; as much as there is by default.
         gpus: give all GPUs to the stages that compute.
         mounts: files and folders of this machine that stages read, mounted read-only under the same path.
+        webhook: name of the environment variable that notify gets, for it holds the webhook's address.
     """
 
     cpus: float | None = None
     memory: str | None = None
     gpus: bool = False
     mounts: tuple[Path, ...] = ()
+    webhook: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Engine:
         Raises:
             UserError: one of them is not on this machine.
         """
-        names = {stage: self.tool.local_name(image(stage)) for stage in STAGES}
+        names = {stage: self.tool.local_name(name) for stage, name in built_images().items()}
         missing = [name for name in names.values() if not self.tool.has(name)]
         if missing:
             raise UserError(f"no image {missing[0]} on this machine", hint="make images builds them all")
@@ -153,6 +155,7 @@ def stage_settings(
         "cpus": options.cpus,
         "memory": options.memory,
         "gpus": options.gpus,
+        "webhook": options.webhook,
         "attempt": attempt,
     }
 

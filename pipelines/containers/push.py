@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from components.images import DIGESTS, STAGES, image
+from components.images import DIGESTS, image
+from components.stages import CONTAINERS
 from pipelines.containers.tool import Tool, ToolError, unreachable
 from rfdetr_core.errors import UserError
 
@@ -16,7 +17,7 @@ def push_images(
     registry: str,
     *,
     path: Path = DIGESTS,
-    stages: tuple[str, ...] = STAGES,
+    stages: tuple[str, ...] = tuple(CONTAINERS),
     say: Callable[[str], None] = print,
 ) -> None:
     """Push all images; the file is written when every one of them has arrived.

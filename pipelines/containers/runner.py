@@ -18,13 +18,14 @@ from typing import Any
 import docker
 from docker.types import DeviceRequest, Mount
 
+from components.stages import CONTAINERS
+
 UID = 10001
 CANNOT_RUN = 125  # as docker and podman say themselves
 # What a container is told of this process's environment: how to reach the store and the trackers.
 _PREFIXES = ("AWS_", "WANDB_", "MLFLOW_")
 _NAMES = ("RFDETR_ATTEMPT", "RFDETR_S3_ADDRESSING_STYLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _PATHS = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
-SLIM = ("validate_dataset", "promote")
 # What a stage makes for the UI belongs to uid 10001 of the container; this way whoever ran it can remove it.
 ENTRYPOINT = ["/bin/sh", "-c", 'umask 0; exec "$@"', "--"]
 
@@ -144,6 +145,7 @@ class ContainerRunner:
             "command": list(command),
             "environment": {
                 **container_environment(os.environ),
+                **self._webhook(stage),
                 **environment,
                 "RFDETR_IMAGE": self._identity(client, image),
             },
@@ -162,9 +164,14 @@ class ContainerRunner:
             options["nano_cpus"] = int(settings["cpus"] * 1e9)
         if settings["memory"]:
             options["mem_limit"] = options["memswap_limit"] = settings["memory"]
-        if settings["gpus"] and stage not in SLIM:
+        if settings["gpus"] and CONTAINERS[stage].gpu:
             options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
         return options
+
+    def _webhook(self, stage: str) -> dict[str, str]:
+        """Its address is a secret, which only the stage that uses it is told."""
+        name = self._settings["webhook"]
+        return {name: os.environ[name]} if stage == "notify" and name in os.environ else {}
 
     def _identity(self, client: Any, image: str) -> str:
         """What status files and provenance record."""

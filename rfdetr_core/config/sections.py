@@ -76,4 +76,6 @@ class NotifyConfig(Config):
     """Who is told when a run ends."""
 
     webhook_secret_env: Annotated[Text, AfterValidator(_environment_name)] | None = None
-    """Name of the environment variable that holds the webhook's URL."""
+    """Name of the environment variable that holds the webhook's URL; null: the summary is stored and nobody told."""
+    format: Literal["auto", "json", "slack"] = "auto"
+    """What is posted: the whole summary, or a message as Slack and its like take it; auto tells by Slack's host."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from components.images import STAGES
+from components.stages import STAGES
 from pipelines.containers.engine import Engine
 from rfdetr_core.data.sample import write_sample_dataset
 from rfdetr_core.publication import read_manifest

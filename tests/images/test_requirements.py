@@ -15,6 +15,7 @@ FILES = sorted(REQUIREMENTS.glob("*.txt"))
 IMAGES = {
     "validate_dataset": "base",
     "promote": "base",
+    "notify": "base",
     "probe_batch_size": "torch",
     "evaluate": "torch",
     "train": "train",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.images import STAGES
+from components.stages import CONTAINERS
 from pipelines.containers.tool import parse_size
 from tests.processes import output_of
 from tests.test_architecture import ROOT
@@ -193,9 +193,10 @@ def test_a_pinned_pipeline_names_every_image_by_its_digest(command: Command, tmp
     assert code == 0, output
     code, output = compiled(tmp_path / "pinned.yaml", "--pinned", "--digests", str(digests))
     assert code == 0, output
-    executors = yaml.safe_load((tmp_path / "pinned.yaml").read_text())["deploymentSpec"]["executors"]
+    executors = next(yaml.safe_load_all((tmp_path / "pinned.yaml").read_text()))["deploymentSpec"]["executors"]
     assert {executor["container"]["image"] for executor in executors.values()} == {
-        f"registry.example.com/team/rfdetr-pipeline/{stage.replace('_', '-')}@sha256:{'cd' * 32}" for stage in STAGES
+        f"registry.example.com/team/rfdetr-pipeline/{stage.replace('_', '-')}@sha256:{'cd' * 32}"
+        for stage in CONTAINERS
     }
 
 
@@ -247,7 +248,7 @@ def test_running_in_containers_without_an_engine(tmp_path: Path) -> None:
 
 def test_running_in_containers_that_were_not_built(command: Command, tmp_path: Path) -> None:
     command("push", "", tools=("docker",))  # makes the stand-in
-    trouble = {"absent": [f"rfdetr-pipeline/{stage.replace('_', '-')}:0.1.0" for stage in STAGES]}
+    trouble = {"absent": [f"rfdetr-pipeline/{stage.replace('_', '-')}:0.1.0" for stage in CONTAINERS]}
     code, output = run(tmp_path, "--in-containers", SAID=str(tmp_path / "said"), TROUBLE=json.dumps(trouble))
     assert code == 2
     assert (

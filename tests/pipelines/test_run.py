@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from components.stages import STAGES
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.data.sample import write_sample_dataset
 from rfdetr_core.publication import MANIFEST, read_manifest
@@ -29,7 +30,6 @@ model: {variant: pico, resolution: 64, num_queries: 10, num_select: 10, group_de
 train: {epochs: 1, batch_size: 4, grad_accum_steps: 1, num_workers: 0, multi_scale: off, seed: 0}
 promote: {allow_unguarded_store: true}
 """
-STAGES = ("validate_dataset", "probe_batch_size", "train", "evaluate", "export_onnx", "promote")
 
 
 class Project(NamedTuple):
