@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +30,10 @@ class ArgoCluster:
 
     def __init__(self, *, context: str | None = None, namespace: str | None = None) -> None:
         configuration = kubernetes.client.Configuration()
+        file = os.environ.get("KUBECONFIG") or None  # the library reads it once, when it is imported
         try:
-            kubernetes.config.load_kube_config(context=context, client_configuration=configuration)
-            _, active = kubernetes.config.list_kube_config_contexts()
+            kubernetes.config.load_kube_config(config_file=file, context=context, client_configuration=configuration)
+            _, active = kubernetes.config.list_kube_config_contexts(config_file=file)
         except kubernetes.config.ConfigException as error:
             raise ConfigError(
                 f"no cluster: {' '.join(str(error).split())}",

@@ -34,7 +34,7 @@ class KubernetesStub:
         parts, query = urlsplit(target), parse_qs(urlsplit(target).query)
         if parts.path.endswith("/selfsubjectaccessreviews"):
             asked = body["spec"]["resourceAttributes"]  # type: ignore[index]
-            return 201, {"status": {"allowed": self.allows(asked["verb"], asked["resource"])}}
+            return 201, {**body, "status": {"allowed": self.allows(asked["verb"], asked["resource"])}}  # type: ignore[dict-item]
         _, _, rest = parts.path.partition("/namespaces/")
         namespace, *more = rest.split("/")
         kind, *names = more or ("namespaces", namespace)
