@@ -217,7 +217,9 @@ def test_profiles_beside_overlays(profile: Path) -> None:
 class TestIam:
     """The policies of manifests/overlays/aws-irsa/iam."""
 
-    POLICIES: ClassVar[dict[str, Json]] = {path.stem: json.loads(path.read_text()) for path in sorted(IAM.glob("*.json"))}
+    POLICIES: ClassVar[dict[str, Json]] = {
+        path.stem: json.loads(path.read_text()) for path in sorted(IAM.glob("*.json"))
+    }
 
     def test_one_for_every_account_that_reaches_the_store(self) -> None:
         assert set(self.POLICIES) == {"trust", "run", "submit", *(facts.target for facts in CONTAINERS.values())}
