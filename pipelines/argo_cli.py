@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,7 +46,7 @@ def compile_resources(
     wanted, images = load_profile(profile), pinned_images(digests) if pinned else built_images()
     from pipelines.argo import as_yaml, cron_workflow, workflow_template
 
-    resources = [workflow_template(wanted, images, namespace=namespace)]
+    resources: list[Any] = [workflow_template(wanted, images, namespace=namespace)]
     arguments = {name: value for name, value in (("root", root), ("config", config)) if value is not None}
     if cron is not None:
         resources.append(cron_workflow(cron=cron, timezone=timezone, namespace=namespace, arguments=arguments))
@@ -134,7 +135,7 @@ def secrets_of(profile: Profile) -> set[str]:
     return names | {*profile.image_pull_secrets, *([profile.s3.ca_secret] if profile.s3.ca_secret else [])}
 
 
-def _lint(resources: list[object]) -> None:
+def _lint(resources: Sequence[Any]) -> None:
     from pipelines.argo import EXECUTOR, account, as_document
     from pipelines.argo_lint import lint
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import kubernetes
@@ -81,7 +82,7 @@ class ArgoCluster:
                 )
         for name in sorted(secrets):
             found = self._look(
-                lambda name=name: self._core.read_namespaced_secret(name, self.namespace, _request_timeout=TIMEOUT)
+                partial(self._core.read_namespaced_secret, name, self.namespace, _request_timeout=TIMEOUT)
             )
             if found is None:
                 raise UserError(
@@ -142,7 +143,7 @@ class ArgoCluster:
         )
         if isinstance(found, _Forbidden):
             raise UserError(f"you may not get {kind} in namespace {self.namespace}", hint=RIGHTS_HINT)
-        return found
+        return None if found is None else dict(found)
 
     def _create(self, kind: str, body: Json, *, dry_run: bool = False) -> None:
         more = {"dry_run": "All"} if dry_run else {}
@@ -163,7 +164,7 @@ class ArgoCluster:
         return bool(answer.status.allowed)
 
     def _look(self, call: Callable[[], Any]) -> Any:
-        """The answer; None if there is no such object, `FORBIDDEN` if it may not be looked at."""
+        """The answer; None if there is no such object, a `_Forbidden` if it may not be looked at."""
         with self._errors("read"):
             try:
                 return call()
