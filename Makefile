@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long parameters golden bench peer lint compile ir docs lock lock-images images test-containers push clean
+.PHONY: help setup demo test test-long parameters golden bench peer lint manifests compile ir docs lock lock-images images test-containers push clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ ir: $(READY) ## Write the reviewed KFP IR of every profile anew (tests/golden/ir
 
 compile: $(READY) ## Write the pipeline as KFP IR YAML to build/retrain.yaml
 	$(BIN)/rfdetr-pipeline compile --output build/retrain.yaml
+
+manifests: $(READY) ## Render manifests/ with kubectl into manifests/rendered/
+	$(BIN)/rfdetr-pipeline argo compile --profile single-gpu --output manifests/argo/workflow-template.yaml
+	for folder in base argo multi-node overlays/minio overlays/aws-irsa overlays/spot; do \
+	  kubectl kustomize manifests/$$folder > manifests/rendered/$$(basename $$folder).yaml || exit; \
+	done
 
 docs: $(READY) ## Write docs/parameters.md anew from the configuration classes
 	$(BIN)/python -m rfdetr_core.config.table > docs/parameters.md.new

@@ -26,17 +26,12 @@ def launch(
     Args:
         run_uri: `<root>/runs/<run-id>`; with nothing after the last slash the KFP job id is the run id, so that
             a retry of the same job continues and a clone of it is a new run.
-        config, overrides: for the first stage.
-        gpu_count: for the first stage: GPUs of the pod that trains. They become train.devices, unless the overrides
-            say otherwise: GPUs that are paid for and idle are what nobody means.
+        config, overrides, gpu_count: for the first stage.
     """
     run_uri = run_uri_of(run_uri, job_id)
     arguments = []
     if config:
-        changed = dict(overrides or {})
-        if gpu_count:
-            changed["train"] = {"devices": int(gpu_count), **(changed.get("train") or {})}
-        arguments = ["--config", config, "--overrides", json.dumps(changed)]
+        arguments = ["--config", config, "--overrides", json.dumps(dict(overrides or {})), "--gpu-count", gpu_count]
     with _started(stage, run_uri, job_id, arguments) as child:
 
         def forward(signum: int, frame: FrameType | None) -> None:

@@ -25,7 +25,15 @@ from types import FrameType
 from typing import Any
 
 from rfdetr_core import __version__, hardware
-from rfdetr_core.config import ModelConfig, RunConfig, dump_yaml, load_run_config, parse_overrides, section_digest
+from rfdetr_core.config import (
+    ModelConfig,
+    RunConfig,
+    dump_yaml,
+    load_run_config,
+    merge,
+    parse_overrides,
+    section_digest,
+)
 from rfdetr_core.errors import ConfigError, ExitError, RFDETRError, Terminated, UserError
 from rfdetr_core.publication import fetch, manifest_digest, publish, read_manifest, seal, unpublish
 from rfdetr_core.storage import FileDigest, Location, location
@@ -67,6 +75,7 @@ class StageContext:
     stop: StopFlag
     facts: dict[str, Any] = field(default_factory=dict)  # goes into the status file
     uploaded: dict[str, FileDigest] = field(default_factory=dict)  # files the body put into `target()` itself
+    published_elsewhere: bool = False  # another process publishes, or has published, what this stage stands for
 
     def target(self) -> Location:
         """Where the stage's result is published."""
@@ -202,6 +211,8 @@ def _execute(
         facts=status.facts,
     )
     body(context)
+    if context.published_elsewhere:
+        return "succeeded"
     if context.uploaded:
         seal(target, inputs=inputs, extra=_made_by(), known={**target.upload_tree(output), **context.uploaded})
     else:
@@ -225,6 +236,7 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
     parser.add_argument("--run-uri", required=True, help="<root>/runs/<run-id>: a folder or s3://bucket/prefix/runs/id")
     parser.add_argument("--config", default="", help="YAML of the run, a path or an s3:// URI; read by the first stage")
     parser.add_argument("--overrides", default="", help="JSON object merged over the YAML; read by the first stage")
+    parser.add_argument("--gpu-count", default="", help="GPUs of a pod that trains, for train.devices; likewise")
     parser.add_argument("--force", action="store_true", help="run again although the result is there")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser
@@ -250,7 +262,10 @@ def _config(stage: Stage, arguments: argparse.Namespace, run: Location) -> RunCo
         return load_run_config((run / "config.yaml").uri)
     if not arguments.config:
         raise ConfigError("--config is missing", hint="give the run's YAML, a path or an s3:// URI")
-    config = load_run_config(arguments.config, parse_overrides(arguments.overrides or "{}"))
+    changed = parse_overrides(arguments.overrides or "{}")
+    if arguments.gpu_count:  # unless the overrides say otherwise: GPUs that are paid for and idle are what nobody means
+        changed = merge({"train": {"devices": arguments.gpu_count}}, changed)
+    config = load_run_config(arguments.config, changed)
     text = dump_yaml(config)
     (run / "config.yaml").write_bytes(text.encode())
     log.info("resolved configuration:\n%s", text.rstrip())

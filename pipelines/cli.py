@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from pipelines.argo_cli import argo
 from pipelines.cluster_cli import register
 from pipelines.containers.engine import Containers, local_inputs
 from pipelines.local import RunOutcome, new_run_id, run_locally
@@ -22,6 +23,7 @@ from rfdetr_core.storage import location
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 weights = typer.Typer(no_args_is_help=True, help="Pretrained weights in the store.")
 app.add_typer(weights, name="weights")
+app.add_typer(argo, name="argo")
 register(app)
 console = Console(highlight=False)
 
@@ -58,6 +60,11 @@ def run(
     """
     changed = merge(parse_overrides(overrides), parse_assignments(assignments or []))
     resolved = load_run_config(config, changed)  # what can be known to be wrong is said before anything starts
+    if resolved.train.num_nodes > 1:
+        raise ConfigError(
+            f"train.num_nodes: {resolved.train.num_nodes}, and this is one machine",
+            hint="submit to a cluster with the profile multi-node",
+        )
     config_uri = _absolute(config)
     if root is None:
         _refuse_foreign_store(config_uri, resolved.dataset.uri)

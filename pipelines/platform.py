@@ -261,6 +261,16 @@ class StageProfiles(Config):
     notify: StageProfile = Field(default_factory=StageProfile)
 
 
+class TrainJobProfile(Config):
+    """Training by a TrainJob of Kubeflow Trainer: stages.train is then what each of its nodes gets."""
+
+    runtime: ObjectName = "rfdetr-torch"
+    """Name of the TrainingRuntime in the namespace (manifests/multi-node)."""
+    cpu: Cpu = "500m"
+    """Of the pod that waits for it: request and limit."""
+    memory: Memory = "1Gi"
+
+
 class Inputs(Config):
     """Defaults of the pipeline's inputs, so that the form in the UI is filled in."""
 
@@ -279,6 +289,8 @@ class Profile(Config):
     s3: S3 = Field(default_factory=S3)
     gpu: Gpu | None = None
     """null: no GPU at all, and no inputs for them."""
+    trainjob: TrainJobProfile | None = None
+    """Several nodes train (train.num_nodes); null: the pod of the stage does."""
     service_account: ObjectName | None = None
     """Of the whole run on KFP; null: KFP's default."""
     image_pull_secrets: tuple[ObjectName, ...] = ()
@@ -289,6 +301,23 @@ class Profile(Config):
         """The section of a stage."""
         found: StageProfile = getattr(self.stages, name)
         return found
+
+    def task(self, name: str) -> StageProfile:
+        """What the pod of a stage's task asks for: where a TrainJob trains, that of train only waits for it."""
+        wanted = self.stage(name)
+        if self.trainjob is None or name != "train":
+            return wanted
+        return StageProfile(
+            cpu=self.trainjob.cpu,
+            memory=self.trainjob.memory,
+            scratch="2Gi",
+            environment=wanted.environment,
+            secrets=wanted.secrets,
+            timeout_seconds=wanted.timeout_seconds + 3600,  # the TrainJob's own time is up first
+            retry=wanted.retry,
+            labels=wanted.labels,
+            annotations=wanted.annotations,
+        )
 
     def environment(self, name: str, image: str) -> dict[str, str]:
         """Plain environment variables of a stage in this image, RFDETR_IMAGE among them: provenance records it."""
@@ -305,6 +334,9 @@ class Profile(Config):
     @model_validator(mode="after")
     def _gpus_where_they_are_used(self) -> Self:
         problems = []
+        if self.trainjob is not None and self.gpu is not None and len(self.gpu.types) > 1:
+            # The TrainJob is made of the profile, before the input gpu_type is known.
+            problems.append(Problem("gpu.types", "with trainjob one type only: gpu_type would not reach the nodes"))
         for facts in CONTAINERS.values():
             field, count = f"stages.{facts.name}.gpus", self.stage(facts.name).gpus
             if count and not facts.gpu:
@@ -386,7 +418,9 @@ def apply(
     """
     from kfp import kubernetes
 
-    wanted = profile.stage(stage.name)
+    from pipelines.pods import trainjob_environment
+
+    wanted = profile.task(stage.name)
     task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
     task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
     if wanted.gpus:
@@ -401,7 +435,10 @@ def apply(
         backoff_factor=retry.factor,
         backoff_max_duration=f"{retry.longest_wait_seconds}s",
     )
-    for name, value in profile.environment(stage.name, image).items():
+    for name, value in {
+        **profile.environment(stage.name, image),
+        **trainjob_environment(profile, stage, image),
+    }.items():
         task.set_env_variable(name, value)
 
     kubernetes.empty_dir_mount(task, "shm", SHM, medium="Memory", size_limit=wanted.shm)

@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.cluster import Cluster
 from components.notify.summary import details, headline, markdown, slack, summarise
 from components.notify.webhook import is_slack, post
 from components.runtime import Stage, StageStatus, locate_run, stage_logging
+from components.train.nodes import delete_train_jobs
+from components.train.trainjob import AWAITED
 from rfdetr_core.config import NotifyConfig, load_run_config, merge, parse_overrides
 from rfdetr_core.config.yaml_text import read_yaml
 from rfdetr_core.errors import ConfigError, ExitError, MissingObjectError, RFDETRError, UserError
@@ -38,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stage_logging(STAGE, work / "stage.log"):
             try:
                 run, _ = locate_run(arguments.run_uri)
+                status.facts |= end_train_jobs(run)
                 status.facts |= tell(run, arguments, status.attempt)
                 status.end(0, "succeeded")
             except (Exception, ExitError) as error:
@@ -49,6 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return 0
+
+
+def end_train_jobs(run: Location) -> dict[str, Any]:
+    """Delete what is left of the run's TrainJobs: a train stage that was killed had no time for it.
+
+    What keeps it from that must not keep people from being told how the run ended.
+    """
+    if AWAITED not in os.environ:
+        return {}
+    try:
+        names = delete_train_jobs(run.uri, Cluster.of_this_pod())
+    except RFDETRError as error:
+        log.error("the run's TrainJobs could not be looked for or deleted: %s", error)
+        return {"train_jobs": f"not deleted: {error}"}
+    log.info("deleted TrainJobs: %s", ", ".join(names) or "none was left")
+    return {"train_jobs": names}
 
 
 def tell(run: Location, arguments: argparse.Namespace, attempt: str) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from components.runtime import Stage, StageContext, run_stage
+from components.train.trainjob import AWAITED
 from components.validate_dataset.weights import check_weights
 from rfdetr_core.config import RunConfig
 from rfdetr_core.data.class_names import named
@@ -23,7 +25,7 @@ from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
 from rfdetr_core.data.splitting import fill_missing_splits
 from rfdetr_core.data.validation import Report, ValidSplit, validate
-from rfdetr_core.errors import DatasetError
+from rfdetr_core.errors import ConfigError, DatasetError
 from rfdetr_core.publication import publish, read_manifest
 from rfdetr_core.storage import location
 
@@ -55,6 +57,7 @@ log = logging.getLogger("stage.validate_dataset")
 def body(context: StageContext) -> None:
     """Write dataset.json, report.json and report.html, and weights.json; publish the prepared dataset if it is new."""
     config, report = context.config, Report()
+    _refuse_nodes_that_nobody_starts(context)
     check_weights(context)
     source = _source_folder(context)
     try:
@@ -82,6 +85,20 @@ def body(context: StageContext) -> None:
     context.facts |= {"dataset_digest": digest}
     (context.output / "dataset.json").write_text(json.dumps({**document, "location": place}, indent=2) + "\n")
     _write_report(context.output, config, report, document)
+
+
+def _refuse_nodes_that_nobody_starts(context: StageContext) -> None:
+    """On a cluster several nodes train where the profile says so: hours later the train stage would refuse the same.
+
+    Raises:
+        ConfigError: the config asks for several, and the profile has one.
+    """
+    nodes = context.config.train.num_nodes
+    if nodes > 1 and context.attempt and AWAITED not in os.environ:
+        raise ConfigError(
+            f"train.num_nodes: {nodes}, and the pipeline was compiled for one node",
+            hint="compile and submit it with the profile multi-node",
+        )
 
 
 def _source_folder(context: StageContext) -> Path:

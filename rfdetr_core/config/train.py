@@ -248,7 +248,7 @@ class TrainConfig(Config):
     devices: Annotated[Int | Text, BeforeValidator(_devices)] = 1
     """GPUs per node: a count, a list such as "0,2" (of one: "1,"), or "auto"."""
     num_nodes: Int = Field(default=1, ge=1)
-    """Nodes that train together."""
+    """Machines that train together, with `devices` each; 2 and more need the profile multi-node (docs/training.md)."""
 
     # --- Deprecated: set them in the model section
     group_detr: Int | None = Field(default=None, ge=1)

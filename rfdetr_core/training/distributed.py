@@ -6,12 +6,14 @@ docstring says "together" is called by all ranks at the same point, or they wait
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,9 @@ from rfdetr_core.evaluation.detections import Detections
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others. One that is dead is noticed at once by who started it (see `launch`)."""
 
+FILE_PART = 64 * 2**20
+"""Bytes of a file that travel at once."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -34,6 +39,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    nodes: int = 1
+    receives: bool = False  # files for its node: the first rank of each but the main one's
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +61,31 @@ class World:
         content = torch.tensor(text or [0] * int(length), dtype=torch.uint8)
         dist.broadcast(content, src=0)
         return json.loads(bytes(content.tolist()))
+
+    def file_from_main(self, path: Path) -> None:
+        """Together: where the nodes have disks of their own, the main rank's file is on all of them; if it has one.
+
+        Between machines only, and through host memory, in parts.
+        """
+        if self.nodes == 1:
+            return
+        size = self.from_main(path.stat().st_size if self.is_main and path.exists() else None)
+        if size is None:
+            return
+        part = path.with_name(f".{path.name}.rank-{self.rank}")
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(path.open("rb")) if self.is_main else None
+            target = stack.enter_context(part.open("wb")) if self.receives else None
+            for begin in range(0, size, FILE_PART):
+                length = min(FILE_PART, size - begin)
+                content = source.read(length) if source is not None else bytes(length)
+                block = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                dist.broadcast(block, src=0)
+                if target is not None:
+                    target.write(block.numpy().tobytes())
+        if self.receives:
+            part.replace(path)
+        self.any(False)  # nobody reads it before all have it
 
     def mean(self, values: Tensor) -> Tensor:
         """Together: the mean over the ranks, element by element; on the device of `values`."""
@@ -120,15 +152,6 @@ class World:
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
         return Detections(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2], rows[:, 3:])
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Together: the main rank passes through the block before the others enter it."""
-        if not self.is_main:
-            self.from_main(None)
-        yield
-        if self.is_main:
-            self.from_main(None)
-
     def _numbers(self, own: list[int]) -> Tensor:
         """Together: (size, len(own)) int64, a row of each rank; all bring equally many."""
         mine = torch.tensor(own, dtype=torch.int64)
@@ -140,6 +163,10 @@ class World:
 ALONE = World()
 
 
+_PLACE = (("GROUP_WORLD_SIZE", "1"), ("GROUP_RANK", "0"), ("LOCAL_RANK", "0"))
+"""How torchrun tells a rank the number of nodes, which one it is on, and its number there."""
+
+
 @contextmanager
 def joined() -> Iterator[World]:
     """Meet the other ranks, as whoever started this process tells in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
@@ -148,7 +175,8 @@ def joined() -> Iterator[World]:
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
-    yield World(dist.get_rank(), dist.get_world_size())
+    nodes, node, local = (int(os.environ.get(name, default)) for name, default in _PLACE)
+    yield World(dist.get_rank(), dist.get_world_size(), nodes, receives=node > 0 and local == 0)
     dist.destroy_process_group()  # not after an error: it would wait for ranks that never come
 
 

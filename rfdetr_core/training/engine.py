@@ -311,7 +311,13 @@ def _fabric(train: TrainConfig, precision: Precision, world: World, accumulates:
         find_unused_parameters=accumulates, static_graph=not accumulates, gradient_as_bucket_view=True
     )
     devices = numbers if accelerator == "cuda" else len(numbers)
-    fabric = lightning_fabric.Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
+    fabric = lightning_fabric.Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=train.num_nodes,
+        precision=precision,
+        strategy=strategy,
+    )
     fabric.launch()  # torchrun did: this takes the place among the ranks
     return fabric
 

@@ -37,6 +37,7 @@ NO_INFLUENCE = {
     # new length from here on; an epoch that other ranks began is begun anew.
     "epochs",
     "devices",
+    "num_nodes",
 }
 """Fields of TrainConfig that may change between an interrupted training and its continuation."""
 

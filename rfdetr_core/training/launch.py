@@ -1,5 +1,8 @@
 """A training on several devices: starts a process for each, relays what they say, and takes over how they end.
 
+On several machines (see `nodes`) each does this for its own devices: the ranks of all of them train together, and the
+parent on the first machine, where the main rank is, publishes.
+
 What parent and ranks have in common is a folder beside the checkpoints:
 
     job.json             what to train; weights.pth, if it begins with some
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +40,7 @@ from rfdetr_core.models.weight_file import WeightFile
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.distributed import threads_per_rank
+from rfdetr_core.training.nodes import Nodes
 from rfdetr_core.training.state import Publish, TrainingJob, TrainingResult
 from rfdetr_core.training.torchrun import FAILURES
 
@@ -48,23 +53,28 @@ log = logging.getLogger(__name__)
 
 
 def train_on_several(
-    job: TrainingJob, devices: Sequence[int], *, publish: Publish, stop_requested: Callable[[], bool]
+    job: TrainingJob,
+    devices: Sequence[int],
+    *,
+    nodes: Nodes,
+    publish: Publish,
+    stop_requested: Callable[[], bool],
 ) -> TrainingResult:
-    """Train with one process per device; the arguments and errors of `loop.train`.
+    """Train with one process per device, and those of the other nodes; the arguments and errors of `loop.train`.
 
     Raises:
-        TransientError: a rank was killed; the message names it, and the same call continues.
+        TransientError: a rank was killed; the message names it, and the same call continues. Or another node was lost.
         RFDETRError: a rank met what no one foresaw; the log has its traceback.
     """
-    folder = job.checkpoints / FOLDER
+    folder = job.checkpoints / (FOLDER if nodes.is_first else f"{FOLDER}-{nodes.rank}")  # nodes may share the disk
     with local_errors("write", folder):
         job.checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir()
         _describe(job, folder)
     try:
-        _run(folder, len(devices), publish, stop_requested)
-        return _outcome(folder, len(devices), stopping=stop_requested())
+        _run(folder, len(devices), nodes, job.inputs, publish, stop_requested)
+        return _outcome(folder, nodes.count * len(devices), nodes, stopping=stop_requested())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -119,15 +129,25 @@ def _read_weights(path: Path) -> WeightFile:
     return WeightFile(**{**content, "path": Path(content["path"])})
 
 
-def _run(folder: Path, ranks: int, publish: Publish, stop_requested: Callable[[], bool]) -> None:
-    """Start the ranks and wait until the last one has ended, whatever comes."""
-    relay = _Relay(folder, ranks, publish)
+def _run(
+    folder: Path, ranks: int, nodes: Nodes, run: str, publish: Publish, stop_requested: Callable[[], bool]
+) -> None:
+    """Start this node's ranks and wait until the last one has ended, whatever comes."""
+    relay = _Relay(folder, publish)
     command = [sys.executable, "-m", "rfdetr_core.training.torchrun", str(ranks), str(folder.absolute())]
+    if nodes.count > 1:
+        log.info("node %d of %d meets the others at %s:%d", nodes.rank, nodes.count, nodes.address, nodes.port)
+        command += [str(nodes.count), str(nodes.rank), nodes.address, str(nodes.port), run]
     with (folder / "torchrun.log").open("wb") as said:
         # Standard output is where the ranks put progress bars; torchrun's own traceback would only hide their errors.
         # A session of its own keeps Ctrl-C from them: it is for us, who ask them to stop.
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=2, stderr=said, env=_environment(ranks), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=2,
+            stderr=said,
+            env=_environment(ranks, nodes),
+            start_new_session=True,
         )
         try:
             while process.poll() is None:
@@ -140,8 +160,9 @@ def _run(folder: Path, ranks: int, publish: Publish, stop_requested: Callable[[]
             _end(process)
 
 
-def _environment(ranks: int) -> dict[str, str]:
-    local = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
+def _environment(ranks: int, nodes: Nodes) -> dict[str, str]:
+    alone = nodes.count == 1 and Path("/sys/class/net/lo").exists()
+    local = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}
     return {**local, **os.environ, "OMP_NUM_THREADS": str(threads_per_rank(ranks, hardware.cpu_count()))}
 
 
@@ -159,14 +180,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class _Relay:
     """Says what the ranks say, and publishes what the main one has written."""
 
-    def __init__(self, folder: Path, ranks: int, publish: Publish) -> None:
+    def __init__(self, folder: Path, publish: Publish) -> None:
         self._folder, self._publish = folder, publish
-        self._read = [0] * ranks  # bytes of each log
+        self._read: dict[int, int] = {}  # bytes of each rank's log
         self._warned: set[str] = set()
 
     def pass_on(self) -> None:
         """Everything new since the last call."""
-        for rank in range(len(self._read)):
+        for rank in _ranks(self._folder, "log-*.jsonl"):
             self._say(rank)
         for entry in sorted((self._folder / PUBLISHED).glob("[0-9]*")):
             for path in entry.iterdir():
@@ -174,13 +195,11 @@ class _Relay:
             shutil.rmtree(entry)
 
     def _say(self, rank: int) -> None:
-        path = self._folder / f"log-{rank}.jsonl"
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._read[rank])
+        begin = self._read.get(rank, 0)
+        with (self._folder / f"log-{rank}.jsonl").open("rb") as file:
+            file.seek(begin)
             *lines, _ = file.read().split(b"\n")  # the last one is not whole yet, or empty
-        self._read[rank] += sum(len(line) + 1 for line in lines)
+        self._read[rank] = begin + sum(len(line) + 1 for line in lines)
         for line in lines:
             record = json.loads(line)
             text = record["message"]
@@ -193,22 +212,28 @@ class _Relay:
             logging.getLogger(record["name"]).log(record["level"], "%s", text)
 
 
-def _outcome(folder: Path, ranks: int, *, stopping: bool) -> TrainingResult:
-    """The main rank's result; or the error that says why there is none.
+def _ranks(folder: Path, pattern: str) -> list[int]:
+    """The ranks that left a file of this kind: of all nodes, those of this one."""
+    return sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob(pattern))
+
+
+def _outcome(folder: Path, ranks: int, nodes: Nodes, *, stopping: bool) -> TrainingResult:
+    """The result, as this node's first rank has it; or the error that says why there is none.
 
     Raises:
         RFDETRError: the first one that was raised on purpose; else what is known of a rank that died; else of one
-            that failed. When a rank dies, the others fail for want of it.
+            that failed. When a rank dies, the others fail for want of it; also those of other nodes.
     """
-    outcomes = {rank: _read(folder / f"outcome-{rank}.json") for rank in range(ranks)}
-    result = outcomes[0].get("result")
+    outcomes = {rank: _read(folder / f"outcome-{rank}.json") for rank in _ranks(folder, "outcome-*.json")}
+    first = outcomes[min(outcomes)] if outcomes else {}
+    result = first.get("result")
     if result is not None:
         return TrainingResult(**{**result, "skipped": tuple(result["skipped"])})
     found = [(rank, outcome["error"]) for rank, outcome in outcomes.items() if "error" in outcome]
     # After all have agreed to stop, the main rank may still fail, with the last checkpoint.
     found.sort(key=lambda entry: (entry[1]["class"] == "Terminated", entry[1]["time"]))
     for _, error in found:
-        if error["class"] in _OURS and (error["class"] != "Terminated" or "error" in outcomes[0]):
+        if error["class"] in _OURS and (error["class"] != "Terminated" or "error" in first):
             raise _OURS[error["class"]](error["message"], hint=error["hint"])
     failures = _read(folder / FAILURES) or []
     for failure in failures:
@@ -216,13 +241,31 @@ def _outcome(folder: Path, ranks: int, *, stopping: bool) -> TrainingResult:
             raise _died(failure["rank"], ranks, failure["pid"], -failure["exit_code"])
     if stopping:
         raise Terminated("stopped on request", hint="run the same command again to continue from the last checkpoint")
+    if nodes.count > 1 and not failures and not found:
+        raise TransientError(
+            f"the {nodes.count} nodes did not meet at {nodes.address}:{nodes.port}, or one was lost: {_last(folder)}",
+            hint="see what the other nodes say; the same command continues from the last checkpoint",
+        )
     for rank, error in found:
+        if nodes.count > 1 and _LOST.search(f"{error['class']} {error['message']}"):
+            raise TransientError(
+                f"rank {rank} of {ranks} lost the other nodes",
+                hint="see what they say; the same command continues from the last checkpoint",
+            ) from RuntimeError(error["traceback"])
         what = f"rank {rank} of {ranks}: {error['class']}: {error['message']}"
         raise RFDETRError(what) from RuntimeError(error["traceback"])
-    said = (folder / "torchrun.log").read_text(errors="replace").strip().splitlines()[-1:]
     which = f"rank {failures[0]['rank']} of {ranks}" if failures else "torchrun"
-    raise RFDETRError(f"{which} failed without saying why: {said[0] if said else 'its log is empty'}")
+    raise RFDETRError(f"{which} failed without saying why: {_last(folder)}")
 
+
+def _last(folder: Path) -> str:
+    """The last line that torchrun left."""
+    lines = (folder / "torchrun.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "its log is empty"
+
+
+_LOST = re.compile(r"gloo|NCCL|\bDist\w+Error|TCPStore|[Cc]onnection (closed|reset|refused)")
+"""What torch's collectives say when a peer is gone."""
 
 _OURS: dict[str, type[ExitError]] = {
     name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, ExitError)

@@ -27,6 +27,7 @@ from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
 from rfdetr_core.training.engine import Engine, build_engine, fabric_accelerator
 from rfdetr_core.training.launch import train_on_several
 from rfdetr_core.training.loggers import open_loggers
+from rfdetr_core.training.nodes import this_node
 from rfdetr_core.training.progress import Progress
 from rfdetr_core.training.schedule import Schedule
 from rfdetr_core.training.state import (
@@ -35,7 +36,7 @@ from rfdetr_core.training.state import (
     Publish,
     TrainingJob,
     TrainingResult,
-    beginning,
+    begin_together,
     best_source,
     keep_best,
     load_start_weights,
@@ -73,8 +74,9 @@ def train(
 ) -> TrainingResult:
     """Train to the end, continuing from `checkpoint.pth` if there is one of the same inputs.
 
-    With several `train.devices` the training is one process for each, and this one waits for them: what follows is
-    done by all of them alike, but the main rank alone writes, tells and decides.
+    With several `train.devices`, or `train.num_nodes`, the training is one process for each device, and this one waits
+    for those of its node: what follows is done by all of them alike, but the main rank alone writes, tells and decides.
+    At the end all nodes have the best weights.
 
     Args:
         publish: takes over checkpoint files: at the end of the epochs of `checkpoint_interval`, every
@@ -93,8 +95,9 @@ def train(
     config = job.train
     if world.size == 1:
         devices = chosen_devices(config.devices, fabric_accelerator(config.accelerator))
-        if len(devices) > 1:
-            return train_on_several(job, devices, publish=publish, stop_requested=stop_requested)
+        nodes = this_node(config.num_nodes)
+        if nodes.count * len(devices) > 1:
+            return train_on_several(job, devices, nodes=nodes, publish=publish, stop_requested=stop_requested)
     if fabric_accelerator(config.accelerator) == "cpu":
         hardware.keep_freed_memory()  # until the process ends
 
@@ -102,8 +105,7 @@ def train(
     for folder in (job.output, job.checkpoints):
         with local_errors("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
-    with world.main_first():  # who may clear the folder
-        begin = beginning(job)
+    begin = begin_together(job, world)
     position = start_position(begin, config.seed)
     position.seed = world.from_main(position.seed)
     torch.manual_seed(position.seed)
@@ -285,6 +287,7 @@ def train(
             save_now(LATEST)
         if config.run_test and not any("test/" in name for past in position.history for name in past):
             publish_now()  # the test may be interrupted
+            world.file_from_main(job.checkpoints / BEST_TOTAL)
             test_row = _test(job, engine, position, stop_requested)
             position.history.append(test_row)
             if world.is_main:
@@ -293,6 +296,7 @@ def train(
             save_now(LATEST)
         publish_now()
 
+    world.file_from_main(job.checkpoints / BEST_TOTAL)
     source = best_source(position.best)
     return TrainingResult(
         epochs=position.epoch,

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from rfdetr_core.config import ModelConfig, TrainConfig
 from rfdetr_core.data.prepared import PreparedDataset
-from rfdetr_core.errors import CheckpointError
+from rfdetr_core.errors import CheckpointError, RFDETRError
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.models.weight_file import WeightFile, read_weight_file
 from rfdetr_core.models.weights import LoadReport, load_pretrained
 from rfdetr_core.training import checkpoint
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source
+from rfdetr_core.training.distributed import World
 from rfdetr_core.training.early_stopping import EarlyStopping
 from rfdetr_core.training.engine import Engine
 
@@ -139,6 +140,28 @@ def beginning(job: TrainingJob) -> Beginning:
         log.warning("%s was made with another configuration or dataset: training starts anew", found[0].name)
     _clear(job.checkpoints)
     return Beginning(weights=job.start_weights)
+
+
+def begin_together(job: TrainingJob, world: World) -> Beginning:
+    """Together: `beginning`, the main rank first, since it may clear the folder; other nodes get its checkpoint.
+
+    Raises:
+        RFDETRError: the nodes would go on from different points all the same, or train different things.
+    """
+    begin = beginning(job) if world.is_main else None
+    own = begin is not None and begin.path is not None and begin.path.parent.resolve() == job.checkpoints.resolve()
+    name = world.from_main(begin.path.name if own and begin is not None and begin.path is not None else None)
+    if name is not None:
+        world.file_from_main(job.checkpoints / name)
+    if begin is None:
+        begin = beginning(job)
+    step = begin.content["position"]["global_step"] if begin.content is not None else 0
+    if len(set(world.texts(f"{job.inputs} {step}"))) > 1:
+        raise RFDETRError(
+            "the nodes begin with different trainings or checkpoints",
+            hint="give all of them the same config, and folders of their own that are empty, or one that they share",
+        )
+    return begin
 
 
 def _resumed(job: TrainingJob, path: Path) -> Beginning:

@@ -1,6 +1,9 @@
 """Starts the ranks with torchrun's launcher, waits for them, and writes down which of them failed first.
 
-    python -m rfdetr_core.training.torchrun RANKS FOLDER
+    python -m rfdetr_core.training.torchrun RANKS FOLDER [NODES NODE_RANK ADDRESS PORT RUN]
+
+On several machines (see `nodes`) each runs one of these, with RANKS processes of its own; the first listens at
+ADDRESS:PORT for the others, and RUN is the same for all that belong together.
 
 A process of its own: the launcher takes over the signal handlers, which in a stage belong to the stage.
 """
@@ -14,6 +17,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -27,22 +31,20 @@ The ranks that are ended because of them are not among them.
 
 LOOPBACK = "127.0.0.1"
 
+MEETING_SECONDS = 1800.0
+"""How long a node waits for the others to be there: pods of one job may have to pull the image, one after the other."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run until all ranks have ended; 1 if one of them failed, and then the others are ended within 30 s."""
-    count, folder = sys.argv[1:] if argv is None else argv
+    count, folder, *others = sys.argv[1:] if argv is None else argv
     end_with_parent()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=int(count),
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0",  # any free port
-        local_addr=LOOPBACK,  # a pod's own name need not resolve
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "torchrun")),
-    )
+    common: dict[str, Any] = {
+        "nproc_per_node": int(count),
+        "max_restarts": 0,
+        "logs_specs": DefaultLogsSpecs(log_dir=str(Path(folder) / "torchrun")),
+    }
+    config = _several_nodes(common, *others) if others else _one_node(common)
     try:
         elastic_launch(config, sys.executable)("-m", "rfdetr_core.training.rank", folder)
     except ChildFailedError as error:
@@ -50,6 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         (Path(folder) / FAILURES).write_text(json.dumps(failures))
         return 1
     return 0
+
+
+def _one_node(common: dict[str, Any]) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{LOOPBACK}:0",  # any free port
+        local_addr=LOOPBACK,  # a pod's own name need not resolve
+        **common,
+    )
+
+
+def _several_nodes(common: dict[str, Any], nodes: str, rank: str, address: str, port: str, run: str) -> LaunchConfig:
+    """The static rendezvous: the first node is the first one, not whichever comes first, since it publishes."""
+    return LaunchConfig(
+        min_nodes=int(nodes),
+        max_nodes=int(nodes),
+        run_id=run,
+        rdzv_backend="static",
+        rdzv_endpoint=f"{address}:{port}",
+        rdzv_configs={"rank": int(rank), "timeout": int(MEETING_SECONDS)},
+        **common,
+    )
 
 
 def end_with_parent() -> None:

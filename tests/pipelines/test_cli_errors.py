@@ -54,9 +54,9 @@ def test_an_unknown_key_names_the_nearest(config: Path) -> None:
 
 
 def test_a_field_that_is_not_built_yet(config: Path) -> None:
-    code, output = run(config, "--set", "train.num_nodes=2")
+    code, output = run(config, "--set", "model.cuda_graphs=true")
     assert code == 2
-    assert "train.num_nodes: 2 is not built yet; leave it at 1" in output
+    assert "model.cuda_graphs: true is not built yet; leave it at false" in output
 
 
 def test_an_assignment_without_equals_sign(config: Path) -> None:
