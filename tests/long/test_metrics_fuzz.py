@@ -1,4 +1,4 @@
-"""COCO metrics held to pycocotools on hundreds of random problems; tests/evaluation/test_metrics.py is the fast share."""
+"""COCO metrics held to pycocotools on hundreds of random problems; the fast share is in tests/evaluation."""
 
 from __future__ import annotations
 
