@@ -18,7 +18,7 @@ def row(score: float, metric: str = "map", **more: Any) -> dict[str, Any]:
     return {**OTHERS, metric: score, **more}
 
 
-# candidate, champion, min_value, min_improvement -> outcome
+# candidate, champion, min_value, min_delta -> outcome
 TABLE = [
     # no champion yet: the gate is the least value alone
     (0.30, None, 0.0, 0.0, "promote"),
@@ -60,7 +60,7 @@ TABLE = [
 def test_the_gate(
     metric: str, candidate: float, champion: float | None, least: float, gain: float, outcome: str
 ) -> None:
-    gate = PromoteConfig.parse({"metric": metric, "min_value": least, "min_improvement": gain})
+    gate = PromoteConfig.parse({"metric": metric, "min_value": least, "min_delta": gain})
     other = None if champion is None else row(champion, metric, version="run-1")
     assert decide(row(candidate, metric), other, gate).outcome == outcome
 
@@ -80,8 +80,8 @@ REASONS = [
     (
         row(0.4),
         row(0.5, version="run-1"),
-        {"min_improvement": 0.02},
-        "map 0.4000 against 0.5000 of run-1: -0.1000 is not enough (promote.min_improvement 0.02)",
+        {"min_delta": 0.02},
+        "map 0.4000 against 0.5000 of run-1: -0.1000 is not enough (promote.min_delta 0.02)",
     ),
     (row(0.4), None, {"min_value": 0.45}, "map 0.4000 is below promote.min_value 0.45"),
     (row(-1.0), None, {}, "map is not defined: the split has no ground truth"),

@@ -275,10 +275,10 @@ class WindowedViT(nn.Module):
             else:
                 x = block(x)
             if number in self.outputs_after_blocks:
-                outputs[number] = self._to_map(x, grid)
+                outputs[number] = self.to_map(x, grid)
         return [outputs[number] for number in self.outputs_after_blocks]
 
-    def _to_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def to_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Final norm, prefix dropped, windows undone: (B*n*n, T, width) to (B, h, w, width)."""
         n, (h, w), width = self.embeddings.num_windows, grid, x.shape[-1]
         patches = self.layernorm(x[:, self.embeddings.num_prefix :])

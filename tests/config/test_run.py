@@ -30,7 +30,7 @@ SECTIONS = {
     "export": (ExportConfig, {"opset": 17, "dynamic_batch": True, "tolerance": 1e-3, "parity_images": 4}),
     "promote": (
         PromoteConfig,
-        {"metric": "map", "min_value": 0.0, "min_improvement": 0.0, "allow_unguarded_store": False},
+        {"metric": "map", "min_value": 0.0, "min_delta": 0.0, "allow_unguarded_store": False},
     ),
     "notify": (NotifyConfig, {"webhook_secret_env": None}),
 }
@@ -102,7 +102,7 @@ def test_every_field_is_explained(path: str) -> None:
         ({"evaluate": {"batch_size": 0}}, "evaluate.batch_size: 0 is not allowed: must be at least 1 (use 1)"),
         ({"export": {"opset": 11}}, "export.opset: 11 is not allowed: must be at least 16 and at most 23 (use 16)"),
         ({"export": {"opset": 99}}, "export.opset: 99 is not allowed: must be at least 16 and at most 23 (use 23)"),
-        ({"export": {"tolerance": 0}}, "export.tolerance: 0 is not allowed: must be greater than 0 (use 0.001)"),
+        ({"export": {"logits_tolerance": 0}}, "export.logits_tolerance: 0 is not allowed: must be greater than 0 (use 0.001)"),
         ({"export": {"parity_images": 0}}, "export.parity_images: 0 is not allowed: must be at least 1 (use 1)"),
         (
             {"promote": {"metric": "mAP50"}},
@@ -113,8 +113,8 @@ def test_every_field_is_explained(path: str) -> None:
             "promote.min_value: 50 is not allowed: must be at least 0 and at most 1 (use 1.0)",
         ),
         (
-            {"promote": {"min_improvement": -2}},
-            "promote.min_improvement: -2 is not allowed: must be at least -1 and at most 1 (use -1.0)",
+            {"promote": {"min_delta": -2}},
+            "promote.min_delta: -2 is not allowed: must be at least -1 and at most 1 (use -1.0)",
         ),
         (
             {"promote": {"allow_unguarded_store": "true"}},
