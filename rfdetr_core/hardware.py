@@ -57,6 +57,13 @@ def keep_freed_memory() -> bool:
         return False  # another C library: nothing to tell, nothing lost
 
 
+def processor_name() -> str:
+    """The processor's name as people know it, else the architecture."""
+    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def describe() -> dict[str, str | int]:
     """For status files and provenance."""
     return {

@@ -22,6 +22,9 @@ th { text-align: left; font-weight: 600 } td.number, th.number { text-align: rig
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .8rem; opacity: .75; overflow-wrap: anywhere }
 img { width: 100%; height: auto }
+.wide { overflow-x: auto } .matrix td { text-align: center; min-width: 2rem; padding: .15rem .3rem; font-size: .8rem }
+.matrix th { font-size: .8rem; padding: .15rem .4rem }
+.turned span { writing-mode: vertical-rl; transform: rotate(180deg) }
 details { margin: .4rem 0 } svg { max-width: 34rem; width: 100%; height: auto } .muted { opacity: .7 }
 """
 
@@ -73,6 +76,21 @@ def image(picture: Image.Image, caption: str, *, quality: int = 80) -> str:
         f'<figure><img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """A square table of counts, each cell shaded by its share of its row; zeros stay empty."""
+    columns = "".join(f'<th class="turned"><span>{escape(name)}</span></th>' for name in names)
+    lines = []
+    for i, (name, row) in enumerate(zip(names, counts, strict=True)):
+        whole, cells = max(1, sum(row)), []
+        for j, count in enumerate(row):
+            colour = "26, 127, 55" if i == j else "207, 34, 46"
+            shade = f' style="background: rgba({colour}, {0.1 + 0.7 * count / whole:.2f})"' if count else ""
+            title = f' title="{escape(name)} → {escape(names[j])}: {count}"' if count else ""
+            cells.append(f"<td{shade}{title}>{count or ''}</td>")
+        lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table class="matrix"><tr><th></th>{columns}</tr>{"".join(lines)}</table></div>'
 
 
 COLOURS = ("#2f6fed", "#d9480f", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285", "#e67700", "#5f3dc4")

@@ -6,12 +6,16 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from components.runtime import Stage, StageContext, run_stage
 from rfdetr_core import hardware
+from rfdetr_core.errors import CheckpointError, PublicationError
+from rfdetr_core.publication import fetch
 from rfdetr_core.registry import CHECKPOINT, Registry
+
+if TYPE_CHECKING:
+    from rfdetr_core.evaluation.measure import Contender
 
 STAGE = Stage(
     name="evaluate",
@@ -25,82 +29,55 @@ log = logging.getLogger("stage.evaluate")
 
 
 def body(context: StageContext) -> None:
-    """Write metrics.json, detections.json and report.html."""
+    """Write the files of docs/evaluation.md."""
     from rfdetr_core.data.prepared import PreparedDataset
-    from rfdetr_core.evaluation.evaluate import split_digest
+    from rfdetr_core.evaluation.measure import Contender, measure
     from rfdetr_core.evaluation.report import evaluation_html
-
-    hardware.keep_freed_memory()
-    dataset = PreparedDataset(context.prepared_dataset())
-    name = context.config.evaluate.split
-    split = dataset.split(name)
-    weights = context.fetch_file("train", f"checkpoints/{CHECKPOINT}")
-    candidate, metrics, detections = _evaluate(context, weights, dataset, name)
-    document = {
-        "candidate": candidate,
-        "champion": _champion(context, dataset, name),
-        "split": name,
-        "images": len(split),
-        "test_digest": split_digest(dataset.folder / name),
-    }
-    log.info("candidate: mAP %.4f, mAP50 %.4f on %s", metrics.map, metrics.map50, name)
-    context.facts |= {"map": metrics.map, "map50": metrics.map50}
-    (context.output / "metrics.json").write_text(json.dumps(document, indent=2) + "\n")
-    (context.output / "detections.json").write_text(json.dumps(detections.to_coco(dataset.class_map)))
-    (context.output / "report.html").write_text(
-        evaluation_html(
-            name=context.config.name,
-            document=document,
-            metrics=metrics,
-            split=split,
-            class_map=dataset.class_map,
-            detections=detections,
-            sample_images=context.config.evaluate.sample_images,
-        )
-    )
-
-
-def _champion(context: StageContext, dataset: Any, split: str) -> dict[str, Any] | None:
-    """The champion's metrics on this run's split, measured now; None where there is no champion."""
-    registry = Registry(context.root, context.config.name)
-    champion = registry.champion()
-    if champion is None:
-        log.info("no champion of %s yet", context.config.name)
-        return None
-    from rfdetr_core.publication import fetch
-
-    folder = fetch(registry.version(champion.version), context.work / "champion", names=[CHECKPOINT])
-    found, metrics, _ = _evaluate(context, folder / CHECKPOINT, dataset, split)
-    log.info("champion %s: mAP %.4f, mAP50 %.4f", champion.version, metrics.map, metrics.map50)
-    return {"version": champion.version, **found}
-
-
-def _evaluate(context: StageContext, weights: Path, dataset: Any, split: str) -> tuple[dict[str, Any], Any, Any]:
-    """What metrics.json says of one set of weights, its metrics, and its detections."""
-    from rfdetr_core.data.loading import LoaderSettings
-    from rfdetr_core.evaluation.evaluate import evaluate_model
     from rfdetr_core.training.checkpoint import load_trained
     from rfdetr_core.training.engine import first_device
 
+    hardware.keep_freed_memory()
     config = context.config
-    trained = load_trained(weights)
-    metrics, detections = evaluate_model(
-        trained,
-        dataset.split(split),
-        dataset.class_map,
-        batch_size=config.evaluate.batch_size or 8,
-        max_dets=config.train.eval_max_dets,
-        device=first_device(config.train),
-        loading=LoaderSettings(config.train.num_workers, None, None, None),
-        fp16=config.train.fp16_eval,
-    )
-    found = {
-        **metrics.to_json(),
-        "source": trained.source,
-        "epoch": trained.epoch,
-        "weights_sha256": trained.sha256,
-    }
-    return found, metrics, detections
+    dataset = PreparedDataset(context.prepared_dataset())
+    weights = context.fetch_file("train", f"checkpoints/{CHECKPOINT}")
+    candidate = Contender(load_trained(weights), weights)
+    measured = measure(candidate, _champion(context), dataset, config, first_device(config.train))
+    if (note := measured.document["split_note"]) is not None:
+        log.warning("%s", note)
+    context.facts |= {"map": measured.metrics.map, "map50": measured.metrics.map50}
+    for name, content in (("metrics.json", measured.document), ("confusion.json", measured.confusion)):
+        (context.output / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    measured.detections.write_coco(context.output / "detections.json", measured.class_map)
+    if measured.champion_detections is not None:
+        measured.champion_detections.write_coco(context.output / "champion_detections.json", measured.class_map)
+    page = evaluation_html(config.name, measured, sample_images=config.evaluate.sample_images)
+    (context.output / "report.html").write_text(page)
+
+
+def _champion(context: StageContext) -> Contender | None:
+    """The champion as the registry has it; None where no version was promoted yet.
+
+    Raises:
+        PublicationError: its weights are gone, not those that were published, or of no use to this program.
+    """
+    from rfdetr_core.evaluation.measure import Contender
+    from rfdetr_core.training.checkpoint import load_trained
+
+    name = context.config.name
+    registry = Registry(context.root, name)
+    champion = registry.champion()
+    if champion is None:
+        log.info("no champion of %s yet", name)
+        return None
+    place = registry.version(champion.version)
+    try:
+        weights = fetch(place, context.work / "champion", names=[CHECKPOINT]) / CHECKPOINT
+        return Contender(load_trained(weights), weights, champion.version)
+    except (PublicationError, CheckpointError) as error:
+        raise PublicationError(
+            f"{champion.version}, the champion of {name}, cannot be evaluated: {error.message}",
+            hint=f"restore {place.uri}, or make another version the champion: rfdetr-pipeline models rollback {name}",
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,9 +42,11 @@ class EvaluateConfig(Config):
     """The evaluation of the trained model and of the champion."""
 
     split: Literal["test", "valid"] = "test"
-    """Split on which candidate and champion are compared."""
-    sample_images: Int = Field(default=12, ge=0)
-    """Images with their detections shown in the report."""
+    """Split on which candidate and champion are compared; valid where no image of test has a box."""
+    sample_images: Int = Field(default=24, ge=0)
+    """Images of the worst results shown in the report, and as many of the best."""
+    bootstrap_samples: Int = Field(default=1000, ge=0)
+    """Draws of the images that say how much of a difference to the champion is luck; 0: not asked."""
     batch_size: Int | None = Field(default=None, ge=1)
     """Images per batch; null: 8."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rfdetr_core.data.annotations import ClassMap
+
+ROWS_AT_ONCE = 20_000  # as Python objects, of which a row takes a kilobyte
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Detections:
             np.concatenate([p.boxes for p in parts]),
         )
 
+    def select(self, rows: NDArray[Any]) -> Detections:
+        """Some of them, by position or by mask."""
+        return Detections(self.images[rows], self.labels[rows], self.scores[rows], self.boxes[rows])
+
     def to_coco(self, class_map: ClassMap) -> list[dict[str, Any]]:
         """COCO results format, against the ids of `AnnotationTable.to_coco`."""
         return [
@@ -46,3 +54,12 @@ class Detections:
                 self.images, self.labels, self.scores, self.boxes, strict=True
             )
         ]
+
+    def write_coco(self, path: Path, class_map: ClassMap) -> None:
+        """`to_coco` as a JSON file, a detection a line."""
+        with path.open("w") as file:
+            file.write("[")
+            for start in range(0, len(self.scores), ROWS_AT_ONCE):
+                rows = self.select(np.arange(start, min(start + ROWS_AT_ONCE, len(self.scores)))).to_coco(class_map)
+                file.write((",\n" if start else "\n") + ",\n".join(map(json.dumps, rows)))
+            file.write("\n]\n")

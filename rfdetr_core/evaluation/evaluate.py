@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,7 @@ def by_name(detections: Detections, names: tuple[str, ...], class_map: ClassMap)
     labels = {name: label for label, name in enumerate(class_map.names)}
     translation = np.array([labels.get(name, -1) for name in names], dtype=np.int64)
     translated = translation[detections.labels]
-    known = translated >= 0
-    return Detections(detections.images[known], translated[known], detections.scores[known], detections.boxes[known])
+    return replace(detections, labels=translated).select(translated >= 0)
 
 
 def split_digest(folder: Path) -> str:

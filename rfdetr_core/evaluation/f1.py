@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +38,47 @@ class F1Sweep:
         return {"f1_threshold": float(THRESHOLDS[at]), **{name: float(mean[at]) for name, mean in means.items()}}
 
     def best_of(self, label: int) -> dict[str, float]:
-        """The highest F1 of one class and its lowest threshold; -1 without ground truth."""
+        """The highest F1 of one class, its lowest threshold, precision and recall there; -1 without ground truth."""
         if not self.defined[label]:
-            return {"f1": -1.0, "f1_threshold": -1.0}
+            return dict.fromkeys(("f1", "f1_threshold", "precision", "recall"), -1.0)
         at = int(np.argmax(self.f1[label]))
-        return {"f1": float(self.f1[label, at]), "f1_threshold": float(THRESHOLDS[at])}
+        values = {name: float(getattr(self, name)[label, at]) for name in ("f1", "precision", "recall")}
+        return {"f1_threshold": float(THRESHOLDS[at]), **values}
+
+
+@dataclass(frozen=True)
+class F1Counts:
+    """K detections that were matched, and N annotated boxes: what F1 is counted from, over any sample of the images.
+
+    Lower thresholds add detections behind the others, so that one matching serves all thresholds.
+    """
+
+    classes: int
+    images: Integers  # (K,)
+    cells: Integers  # (K,) label * 101 + the highest threshold that its score reaches
+    true: NDArray[np.bool_]  # (K,) found a box
+    false: NDArray[np.bool_]  # (K,) found none, nor lies in a crowd region
+    box_images: Integers  # (N,) without crowd regions
+    box_labels: Integers  # (N,)
+
+    def sweep(self, weights: NDArray[np.float64] | None = None) -> F1Sweep:
+        """Precision, recall and F1 at every threshold; with `weights` (I,), image i counts so many times."""
+
+        def at_least(counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+            times = None if weights is None else weights[self.images[counted]]
+            cells = np.bincount(self.cells[counted], weights=times, minlength=self.classes * len(THRESHOLDS))
+            return np.cumsum(cells.reshape(self.classes, -1)[:, ::-1], axis=1)[:, ::-1].astype(np.float64)
+
+        times = None if weights is None else weights[self.box_images]
+        boxes = np.bincount(self.box_labels, weights=times, minlength=self.classes)
+        true, false = at_least(self.true), at_least(self.false)
+        wanted = np.broadcast_to(boxes[:, None], true.shape)
+        return F1Sweep(
+            defined=boxes > 0,
+            precision=_ratio(true, true + false),
+            recall=_ratio(true, wanted),
+            f1=_ratio(2 * true, true + false + wanted),
+        )
 
 
 def f1_sweep(table: AnnotationTable, classes: int, detections: Detections, *, max_dets: int) -> F1Sweep:
@@ -50,34 +86,38 @@ def f1_sweep(table: AnnotationTable, classes: int, detections: Detections, *, ma
 
     Matching is that of the COCO metrics at IoU 0.5: per image and class the `max_dets` best detections in the
     order of their scores (ties in the order given) each take the free box of largest overlap; one that finds
-    none but lies in a crowd region counts neither way. Lower thresholds add detections behind the others, so
-    that one matching serves all thresholds.
+    none but lies in a crowd region counts neither way.
     """
-    order, rank = _by_group_and_score(detections, classes)
-    order = order[rank < max_dets]
-    hit, ignored = match(table, classes, detections, order)
+    return f1_counts(table, classes, detections, max_dets=max_dets).sweep()
+
+
+def f1_counts(table: AnnotationTable, classes: int, detections: Detections, *, max_dets: int) -> F1Counts:
+    """The matching of `f1_sweep`, to be counted."""
+    order = ranked(detections, classes, max_dets)
+    matches = match(table, classes, detections, order)
     labels, scores = detections.labels[order], detections.scores[order]
-    step = np.searchsorted(THRESHOLDS, scores, side="right") - 1  # the highest threshold that it reaches
-
-    def at_least(counted: NDArray[np.bool_]) -> NDArray[np.float64]:
-        cells = np.bincount((labels * len(THRESHOLDS) + step)[counted], minlength=classes * len(THRESHOLDS))
-        return np.cumsum(cells.reshape(classes, -1)[:, ::-1], axis=1)[:, ::-1].astype(np.float64)
-
-    true, false = at_least(hit), at_least(~hit & ~ignored)
-    boxes = np.bincount(table.labels[~table.crowd], minlength=classes)
-    wanted = np.broadcast_to(boxes[:, None], true.shape)
-    return F1Sweep(
-        defined=boxes > 0,
-        precision=_ratio(true, true + false),
-        recall=_ratio(true, wanted),
-        f1=_ratio(2 * true, true + false + wanted),
+    step = np.searchsorted(THRESHOLDS, scores, side="right") - 1
+    return F1Counts(
+        classes=classes,
+        images=detections.images[order],
+        cells=labels * len(THRESHOLDS) + step,
+        true=matches.hit,
+        false=~matches.hit & ~matches.ignored,
+        box_images=np.repeat(np.arange(len(table)), table.counts)[~table.crowd],
+        box_labels=table.labels[~table.crowd],
     )
 
 
-def match(
-    table: AnnotationTable, classes: int, detections: Detections, order: Integers
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which of the detections `order` found a box, and which of the others lie in a crowd region: (len(order),) each.
+class Matches(NamedTuple):
+    """What became of K detections and N boxes."""
+
+    hit: NDArray[np.bool_]  # (K,) found a box
+    ignored: NDArray[np.bool_]  # (K,) found none, but lies in a crowd region
+    found: NDArray[np.bool_]  # (N,) boxes that were found
+
+
+def match(table: AnnotationTable, classes: int, detections: Detections, order: Integers) -> Matches:
+    """Which of the detections `order` found a box, and which box was found, at IoU 0.5.
 
     `order` has the detections of one image and class together, best first.
     """
@@ -106,15 +146,15 @@ def match(
             hit[d], free[r] = True, False
     ignored = np.zeros(len(order), dtype=np.bool_)
     ignored[detection[crowd]] = True
-    return hit, ignored & ~hit
+    return Matches(hit, ignored & ~hit, ~free)
 
 
-def _by_group_and_score(detections: Detections, classes: int) -> tuple[Integers, Integers]:
-    """Detections by image and class, best first, and the rank of each among its own."""
+def ranked(detections: Detections, classes: int, max_dets: int) -> Integers:
+    """The `max_dets` best detections of each image and class, those of one image and class together, best first."""
     groups = detections.images * classes + detections.labels
     order = np.lexsort((-detections.scores, groups))
     starts = np.searchsorted(groups[order], groups[order], side="left")
-    return order, np.arange(len(order)) - starts
+    return order[np.arange(len(order)) - starts < max_dets]
 
 
 def _chunks(counts: Integers) -> Iterator[Integers]:

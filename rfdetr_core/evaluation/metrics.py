@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rfdetr_core.data.annotations import AnnotationTable, ClassMap
 from rfdetr_core.evaluation.detections import Detections
-from rfdetr_core.evaluation.f1 import f1_sweep
+from rfdetr_core.evaluation.f1 import F1Sweep, f1_sweep
 
 __all__ = ["COCO_MAX_DETS", "RECALLS", "CocoMetrics", "Detections", "coco_metrics"]
 
@@ -31,9 +31,10 @@ class CocoMetrics:
     f1_threshold: float  # the score threshold that gives it ...
     precision: float  # ... and the mean precision
     recall: float  # ... and recall there
-    per_class: dict[str, dict[str, float]]  # name -> ap, ap50, ar, f1 and f1_threshold (its own best), boxes
+    per_class: dict[str, dict[str, float]]  # name -> boxes, ap, ap50, ap75, ar, and its own best f1 as above
     precision50: NDArray[np.float64]  # (101, classes) precision at IoU 0.5 over RECALLS; -1 without ground truth
     scores50: NDArray[np.float64]  # (101, classes) the score at which that recall is reached
+    sweep: F1Sweep
 
     def to_json(self) -> dict[str, Any]:
         """All scalars, without the curves."""
@@ -61,7 +62,10 @@ def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detect
     The twelve COCO numbers use [1, 10, 100] detections per image and class; `map`, `map50`, `map75`, `mar`, the
     F1 and the per-class values use exactly `max_dets` >= 1. Crowd regions absorb detections as in pycocotools.
     """
-    evaluation = _evaluate(table, class_map, detections, sorted({*COCO_MAX_DETS, max_dets}))
+    evaluation = evaluator(table, class_map, detections)
+    evaluation.params.maxDets = sorted({*COCO_MAX_DETS, max_dets})
+    evaluation.evaluate()
+    evaluation.accumulate()
     limits = list(evaluation.params.maxDets)
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     at = limits.index(max_dets)
@@ -71,6 +75,7 @@ def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detect
         name: {
             "ap": _mean(precision[:, :, label, 0, at]),
             "ap50": _mean(precision[0, :, label, 0, at]),
+            "ap75": _mean(precision[5, :, label, 0, at]),
             "ar": _mean(recall[:, label, 0, at]),
             **sweep.best_of(label),
             "boxes": int(boxes[label]),
@@ -88,10 +93,12 @@ def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detect
         per_class=per_class,
         precision50=np.asarray(precision[0, :, :, 0, at]),
         scores50=np.asarray(evaluation.eval["scores"][0, :, :, 0, at]),
+        sweep=sweep,
     )
 
 
-def _evaluate(table: AnnotationTable, class_map: ClassMap, detections: Detections, limits: list[int]) -> Any:
+def evaluator(table: AnnotationTable, class_map: ClassMap, detections: Detections) -> Any:
+    """hotcoco's COCOeval of a split, not evaluated yet; ids are those of `AnnotationTable.to_coco`."""
     from hotcoco import COCO, COCOeval  # a compiled module: loaded by whoever evaluates
 
     images = [
@@ -111,11 +118,7 @@ def _evaluate(table: AnnotationTable, class_map: ClassMap, detections: Detection
     results = np.column_stack(
         [detections.images + 1, _to_xywh(detections.boxes), detections.scores, detections.labels + 1]
     )
-    evaluation = COCOeval(truth, truth.load_res(results.astype(np.float64)), "bbox")
-    evaluation.params.maxDets = limits
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation
+    return COCOeval(truth, truth.load_res(results.astype(np.float64)), "bbox")
 
 
 def _to_xywh(boxes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Pictures for reports: images with what was annotated and what was found."""
+"""Pictures for reports: images with what was annotated, what was found, and what was not."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.prepared import PreparedSplit
-from rfdetr_core.evaluation.detections import Detections
-from rfdetr_core.html import COLOURS
+from rfdetr_core.evaluation.analysis import Outcome
 
-LONGEST_SIDE = 480  # px: small enough that a dozen fit into a page
-MIN_SCORE = 0.3
+LONGEST_SIDE = 480  # px: small enough that a few dozen fit into a page
+ANNOTATED, RIGHT, WRONG, MISSED = "white", "#2b8a3e", "#c92a2a", "#f59f00"
+LEGEND = "White: annotated. Green: found. Red: found where there is none of that class. Orange: annotated and missed."
 
 
-def draw_sample(split: PreparedSplit, image: int, detections: Detections, class_map: ClassMap) -> Image.Image:
-    """One image: annotated boxes thin and white, detections of score >= MIN_SCORE in the colour of their class."""
+def draw_sample(split: PreparedSplit, image: int, seen: Outcome, class_map: ClassMap) -> Image.Image:
+    """One image at most LONGEST_SIDE large: annotated boxes, and what the model found at its operating point."""
     picture = split.decode(image)
     scale = min(1.0, LONGEST_SIDE / max(picture.size))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.BILINEAR)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    for box in split.table.boxes[split.table.rows(image)]:
-        draw.rectangle([float(v) * scale for v in box], outline="white", width=1)
-    chosen = (detections.images == image) & (detections.scores >= MIN_SCORE)
-    rows = zip(detections.boxes[chosen], detections.labels[chosen], detections.scores[chosen], strict=True)
-    for box, label, score in sorted(rows, key=lambda row: float(row[2])):
-        colour = COLOURS[int(label) % len(COLOURS)]
-        x1, y1, x2, y2 = (float(v) * scale for v in box)
-        draw.rectangle([x1, y1, x2, y2], outline=colour, width=2)
-        text = f"{class_map.names[int(label)]} {score:.2f}"
-        left, top, right, bottom = draw.textbbox((x1, max(0.0, y1 - 14)), text, font=font)
-        draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], fill=colour)
-        draw.text((x1, max(0.0, y1 - 14)), text, fill="white", font=font)
+    draw, table, found = ImageDraw.Draw(picture), split.table, seen.detections
+    rows = table.rows(image)
+    for box, label, missed in zip(table.boxes[rows], table.labels[rows], seen.missed[rows], strict=True):
+        corners = [float(v) * scale for v in box]
+        draw.rectangle(corners, outline=MISSED if missed else ANNOTATED, width=2 if missed else 1)
+        if missed:
+            _write(draw, corners, class_map.names[int(label)], MISSED)
+    order = [int(i) for i in (found.images == image).nonzero()[0]]
+    for i in sorted(order, key=lambda i: float(found.scores[i])):  # the surest on top
+        corners, colour = [float(v) * scale for v in found.boxes[i]], RIGHT if seen.hit[i] else WRONG
+        draw.rectangle(corners, outline=colour, width=2)
+        _write(draw, corners, f"{class_map.names[int(found.labels[i])]} {found.scores[i]:.2f}", colour)
     return picture
+
+
+def _write(draw: ImageDraw.ImageDraw, corners: list[float], text: str, colour: str) -> None:
+    """Above the box, or just inside it where there is no room."""
+    font = ImageFont.load_default(size=12)
+    place = (corners[0], max(0.0, corners[1] - 14))
+    left, top, right, bottom = draw.textbbox(place, text, font=font)
+    draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], fill=colour)
+    draw.text(place, text, fill="white", font=font)

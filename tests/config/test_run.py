@@ -26,7 +26,7 @@ from tests.config.helpers import MINIMAL, error_of, run_config
 SECTIONS = {
     "dataset": (DatasetConfig, {"uri": "s3://data/cells", "format": "auto", "reduce": True}),
     "probe": (ProbeConfig, {"price_per_hour": None}),
-    "evaluate": (EvaluateConfig, {"split": "test", "sample_images": 12, "batch_size": None}),
+    "evaluate": (EvaluateConfig, {"split": "test", "sample_images": 24, "bootstrap_samples": 1000, "batch_size": None}),
     "export": (ExportConfig, {"opset": 17, "dynamic_batch": True, "tolerance": 1e-3, "parity_images": 4}),
     "promote": (
         PromoteConfig,

@@ -16,6 +16,7 @@ TWELVE = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium",
     "AR_large",
 )  # fmt: skip
+PER_CLASS = {"boxes", "ap", "ap50", "ap75", "ar", "f1", "f1_threshold", "precision", "recall"}
 A = (10.0, 10.0, 60.0, 60.0)
 B = (100.0, 100.0, 180.0, 160.0)
 NOTHING = Detections.concatenate([])
@@ -41,8 +42,9 @@ def assert_equal(problem: Any, max_dets: int) -> None:
     assert found.scores50[defined] == pytest.approx(evaluation.eval["scores"][0, :, :, 0, 0][defined], abs=1e-9)
     assert list(found.per_class) == list(class_map.names)
     for label, row in enumerate(found.per_class.values()):
-        own = (mean(precision[:, :, label, 0, 0]), mean(precision[0, :, label, 0, 0]), mean(recall[:, label, 0, 0]))
-        assert (row["ap"], row["ap50"], row["ar"]) == pytest.approx(own, abs=1e-9)
+        aps = (precision[:, :, label, 0, 0], precision[0, :, label, 0, 0], precision[5, :, label, 0, 0])
+        own = (*map(mean, aps), mean(recall[:, label, 0, 0]))
+        assert (row["ap"], row["ap50"], row["ap75"], row["ar"]) == pytest.approx(own, abs=1e-9)
         assert row["boxes"] == int(((table.labels == label) & ~table.crowd).sum())
 
 
@@ -131,7 +133,7 @@ def test_a_class_without_ground_truth_is_undefined_and_left_out_of_means() -> No
     detections = detections_of([(0, 0, 0.9, A), (0, 1, 0.99, B), (0, 2, 0.99, A)])
     found = coco_metrics(table, classes(3), detections, max_dets=100)
     assert (found.map, found.map50, found.mar) == pytest.approx((1, 1, 1))
-    undefined = {"ap": -1.0, "ap50": -1.0, "ar": -1.0, "f1": -1.0, "f1_threshold": -1.0, "boxes": 0}
+    undefined = {**dict.fromkeys(PER_CLASS, -1.0), "boxes": 0}
     assert found.per_class["class 1"] == found.per_class["class 2"] == undefined
     assert (found.precision50[:, 1:] == -1).all() and found.precision50[:, 0] == pytest.approx(1)
 
@@ -151,7 +153,7 @@ def test_to_json_holds_every_scalar_and_is_json() -> None:
     scalars = ("map", "map50", "map75", "mar", "f1", "f1_threshold", "precision", "recall", "max_dets")
     assert {name: document[name] for name in scalars} == {name: getattr(found, name) for name in scalars}
     assert document["coco"] == found.coco and document["per_class"] == found.per_class
-    assert set(document["per_class"]["class 0"]) == {"ap", "ap50", "ar", "f1", "f1_threshold", "boxes"}
+    assert set(document["per_class"]["class 0"]) == PER_CLASS
 
 
 def test_the_recalls_are_float64_hundredths() -> None:
