@@ -27,6 +27,7 @@ from typing import Any
 from rfdetr_core import __version__, hardware
 from rfdetr_core.config import ModelConfig, RunConfig, dump_yaml, load_run_config, parse_overrides, section_digest
 from rfdetr_core.errors import ConfigError, ExitError, RFDETRError, Terminated, UserError
+from rfdetr_core.provenance import code_revision, installed_versions
 from rfdetr_core.publication import fetch, manifest_digest, publish, read_manifest, seal, unpublish
 from rfdetr_core.storage import FileDigest, Location, location
 
@@ -279,7 +280,7 @@ def _refuse_known_failure(previous: dict[str, Any] | None, inputs: str, attempt:
 
 def _made_by() -> dict[str, str]:
     """Recorded with every publication, and never part of what decides whether a stage runs again."""
-    return {"code": __version__, "image": os.environ.get("RFDETR_IMAGE", "")}
+    return {"code": __version__, "revision": code_revision() or "", "image": os.environ.get("RFDETR_IMAGE", "")}
 
 
 def _report(error: Exception | ExitError, *, debug: bool) -> None:
@@ -366,7 +367,7 @@ class _Status:
         return {
             "stage": self._stage.name,
             "started": self._started.isoformat(timespec="seconds"),
-            "versions": {"rfdetr_core": __version__, "python": sys.version.split()[0]},
+            "versions": {"rfdetr_core": __version__, "python": sys.version.split()[0], **installed_versions()},
             "hardware": hardware.describe(),
             **_made_by(),
             **self.facts,

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from components.images import DIGESTS, PINNED, pinned_images
 from pipelines.containers.engine import Containers, local_inputs
 from pipelines.local import RunOutcome, new_run_id, run_locally
+from pipelines.models_cli import models
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import CheckpointError, ConfigError, ExitError
 from rfdetr_core.pretrained import fetch_weights, store_weights
@@ -24,6 +25,7 @@ from rfdetr_core.storage import location
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 weights = typer.Typer(no_args_is_help=True, help="Pretrained weights in the store.")
 app.add_typer(weights, name="weights")
+app.add_typer(models, name="models")
 console = Console(highlight=False)
 
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")

@@ -206,7 +206,10 @@ def _delta(score: float, champion: Row, gate: PromoteConfig) -> Check:
     better = gain > EPSILON or gate.min_delta < 0
     passed = better and gain >= gate.min_delta - EPSILON
     return Check(
-        "min_delta", "gain", passed, compared + ("" if passed else f" is not enough (promote.min_delta {gate.min_delta:g})")
+        "min_delta",
+        "gain",
+        passed,
+        compared + ("" if passed else f" is not enough (promote.min_delta {gate.min_delta:g})"),
     )
 
 
@@ -218,7 +221,9 @@ def _class_losses(candidate: Row, champion: Row, most: float) -> Check:
         if new is not None and old is not None and old - new > most + EPSILON:
             losses[name] = old - new
     worst = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda item: -item[1])[:5])
-    detail = f"AP lost: {worst} (promote.max_class_loss {most:g})" if losses else f"no class loses more than {most:g} AP"
+    detail = (
+        f"AP lost: {worst} (promote.max_class_loss {most:g})" if losses else f"no class loses more than {most:g} AP"
+    )
     return Check("max_class_loss", "gain", not losses, detail)
 
 

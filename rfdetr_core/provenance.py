@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import subprocess
 from collections.abc import Mapping
@@ -20,6 +22,23 @@ REVISION_FILE = "REVISION"
 """Written beside this package when an image is built, where there is no checkout to ask."""
 
 
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "pillow", "hotcoco", "onnx", "onnxruntime", "boto3")
+"""Whose versions may change a number."""
+
+
+@functools.cache
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that compute, of those that are installed here; none is imported."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
 def code_revision() -> str | None:
     """The commit this program is of, with -dirty where files differ from it; None where nothing tells."""
     package = Path(__file__).parent

@@ -82,7 +82,6 @@ class ExportConfig(Config):
             raise refusal([not_allowed("fixed_batch", self.fixed_batch, rule, 1)])
         return self
 
-
     def input_shape(self, resolution: int, block: int) -> tuple[int, int]:
         """Height and width of the file's input, for a model of this resolution.
 

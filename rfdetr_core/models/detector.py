@@ -229,7 +229,8 @@ def prepare_for_export(model: RFDETR, height: int, width: int) -> ExportableDete
     """A frozen copy of `model` in eval mode for inputs of height x width pixels (spec section 10).
 
     Its positional table is already resized, so that no antialiased bicubic operator is traced, and its encoder's
-    blocks are folded; the batch size stays free. Raises ConfigError when the size is not a multiple of patch_size x num_windows.
+    blocks are folded; the batch size stays free. Raises ConfigError when the size is not a multiple of
+    patch_size x num_windows.
     """
     block = model.config.block
     if height % block or width % block:

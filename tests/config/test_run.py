@@ -102,7 +102,10 @@ def test_every_field_is_explained(path: str) -> None:
         ({"evaluate": {"batch_size": 0}}, "evaluate.batch_size: 0 is not allowed: must be at least 1 (use 1)"),
         ({"export": {"opset": 11}}, "export.opset: 11 is not allowed: must be at least 16 and at most 23 (use 16)"),
         ({"export": {"opset": 99}}, "export.opset: 99 is not allowed: must be at least 16 and at most 23 (use 23)"),
-        ({"export": {"logits_tolerance": 0}}, "export.logits_tolerance: 0 is not allowed: must be greater than 0 (use 0.001)"),
+        (
+            {"export": {"logits_tolerance": 0}},
+            "export.logits_tolerance: 0 is not allowed: must be greater than 0 (use null)",
+        ),
         ({"export": {"parity_images": 0}}, "export.parity_images: 0 is not allowed: must be at least 1 (use 1)"),
         (
             {"promote": {"metric": "mAP50"}},
