@@ -27,8 +27,8 @@ from typing import Any
 from rfdetr_core import __version__, hardware
 from rfdetr_core.config import ModelConfig, RunConfig, dump_yaml, load_run_config, parse_overrides, section_digest
 from rfdetr_core.errors import ConfigError, ExitError, RFDETRError, Terminated, UserError
-from rfdetr_core.provenance import code_revision, installed_versions
 from rfdetr_core.publication import fetch, manifest_digest, publish, read_manifest, seal, unpublish
+from rfdetr_core.revision import code_revision, installed_versions
 from rfdetr_core.storage import FileDigest, Location, location
 
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

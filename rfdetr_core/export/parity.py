@@ -234,16 +234,15 @@ def _compare(
         if not all(np.isfinite(value).all() for value in found):
             yield sample.name, Difference(float("inf"), float("inf"), float("inf"))
             continue
-        logits, boxes = difference_of(expected, found, limits, full=reference.full)
+        logits, boxes = difference_of(expected, found, limits)
         yield sample.name, Difference(logits, boxes, selected)
 
 
-def difference_of(expected: Found, found: Found, limits: Tolerances, *, full: int) -> tuple[float, float]:
+def difference_of(expected: Found, found: Found, limits: Tolerances) -> tuple[float, float]:
     """Largest differences of logits and boxes between the detections of one image, matched one to one.
 
-    The match is the one of least total cost, where a pair of different classes has none. Of `full` detections or more
-    the weakest were cut off, on each side its own: pairs that only the cut made are left out, if both their logits are
-    within the tolerance of it.
+    The match is the one of least total cost, where no pair is of different classes. What is weaker than the last one
+    was cut off on each side: pairs that only the cut made are left out, if both logits are within the tolerance of it.
     """
     if not len(expected.labels) or not len(found.labels):
         alone = max(len(expected.labels), len(found.labels))
@@ -254,9 +253,7 @@ def difference_of(expected: Found, found: Found, limits: Tolerances, *, full: in
     cost[expected.labels[:, None] != found.labels[None]] = _NEVER
     rows, columns = linear_sum_assignment(cost)
     wrong = cost[rows, columns] > 1
-    cut = -np.inf
-    if max(len(expected.labels), len(found.labels)) >= full:
-        cut = max(expected.logits.min(), found.logits.min()) + limits.logits
+    cut = max(expected.logits.min(), found.logits.min()) + limits.logits
     weak = np.maximum(expected.logits[rows], found.logits[columns]) <= cut
     kept = ~(wrong & weak)
     unmatched = [
@@ -279,11 +276,7 @@ class _Reference:
     def __init__(self, trained: TrainedModel, size: tuple[int, int]) -> None:
         self._module, self._size, self._config = copy.deepcopy(trained.module).cpu().eval(), size, trained.config
         self._names = trained.class_names
-        columns = trained.config.num_classes + 1
         self._known: dict[tuple[str, bytes], tuple[Found, float]] = {}
-        self.full = min(trained.config.num_select, trained.config.num_queries * columns)
-        if columns > len(self._names) or "" in self._names:
-            self.full = 1  # detections of columns without a name are dropped: fewer are left of a full list
 
     def detect(self, sample: Sample, selection: NDArray[np.int64] | None) -> tuple[Found, float]:
         """Detections from these tokens, and how far their scores are from those of its own choice."""

@@ -27,10 +27,10 @@ class ExportBlock(nn.Module):
     def __init__(self, block: Block, sequence: int) -> None:
         super().__init__()
         inner, output = block.attention.attention, block.attention.output.dense
-        self.sequence, self.heads = sequence, inner.heads
+        self.width = int(inner.query.weight.shape[0])
+        self.split = (-1, sequence, inner.heads, self.width // inner.heads)
         self.norm1, self.norm2 = block.norm1, block.norm2
-        width = inner.query.weight.shape[0]
-        scale = (width // inner.heads) ** -0.5
+        scale = (self.width // inner.heads) ** -0.5
         self.query = _linear(inner.query.weight * scale, inner.query.bias * scale)
         self.key = _linear(inner.key.weight, None)
         self.value = _linear(inner.value.weight, None)
@@ -40,12 +40,12 @@ class ExportBlock(nn.Module):
         self.fc2 = _scaled(block.mlp.fc2.weight, block.mlp.fc2.bias, block.layer_scale2.lambda1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Sizes are plain numbers: what is read off a tensor becomes operators of the graph.
         normed = self.norm1(x)
-        split = (-1, self.sequence, self.heads, x.shape[-1] // self.heads)
-        q = self.query(normed).view(split).transpose(1, 2)  # (sequences, heads, T, d)
-        k = self.key(normed).view(split).permute(0, 2, 3, 1)
-        v = self.value(normed).view(split).transpose(1, 2)
-        attended = ((q @ k).softmax(-1) @ v).transpose(1, 2).reshape(-1, x.shape[-1])
+        q = self.query(normed).view(self.split).transpose(1, 2)  # (sequences, heads, T, d)
+        k = self.key(normed).view(self.split).permute(0, 2, 3, 1)
+        v = self.value(normed).view(self.split).transpose(1, 2)
+        attended = ((q @ k).softmax(-1) @ v).transpose(1, 2).reshape(-1, self.width)
         x = x + self.output(attended)
         return cast(Tensor, x + self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
@@ -58,18 +58,18 @@ class ExportedViT(nn.Module):
         self.tokens = vit.embeddings.num_prefix + grid[0] * grid[1] // vit.embeddings.num_windows**2  # per window
         used = [cast(Block, block) for block in vit.encoder.layer[: max(vit.outputs_after_blocks)]]
         self.layer = nn.ModuleList(ExportBlock(block, block.windows_per_sequence * self.tokens) for block in used)
+        self.width = int(vit.layernorm.normalized_shape[0])
         vit.encoder.layer = nn.ModuleList()
         self.vit = vit
 
     def forward(self, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """As the encoder's."""
-        windows = self.vit.embeddings(images, grid)  # (windows, T, width)
-        width = windows.shape[-1]
-        x, outputs = windows.reshape(-1, width), {}
+        x = self.vit.embeddings(images, grid).reshape(-1, self.width)
+        outputs = {}
         for number, block in enumerate(self.layer, start=1):
             x = block(x)
             if number in self.vit.outputs_after_blocks:
-                outputs[number] = self.vit.to_map(x.view(-1, self.tokens, width), grid)
+                outputs[number] = self.vit.to_map(x.view(-1, self.tokens, self.width), grid)
         return [outputs[number] for number in self.vit.outputs_after_blocks]
 
 
