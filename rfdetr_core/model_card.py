@@ -32,9 +32,8 @@ def model_card(
 
 def _head(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:
     candidate = metrics["candidate"]
-    height, width = candidate.get("resolution") or (None, None)
     yield from (f"# {name}, version {provenance['run']}", "")
-    size = f"{candidate.get('parameters', 0) / 1e6:.1f} M parameters, {height} x {width} pixels"
+    size = f"{candidate.get('parameters', 0) / 1e6:.1f} M parameters, {candidate.get('resolution')} pixels square"
     yield f"An RF-DETR object detector ({candidate.get('variant')}, {size}) of"
     yield f"{len(candidate['per_class'])} classes, retrained by this pipeline."
     yield from ("", f"Gate at its registration: **{verdict.outcome}**: {verdict.reason}", "")

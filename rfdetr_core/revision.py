@@ -1,4 +1,4 @@
-"""Which code this is, and which packages it computes with. The standard library alone: `make images` has nothing else."""
+"""Which code this is, and which packages it computes with. The standard library alone: `make images` has no more."""
 
 from __future__ import annotations
 

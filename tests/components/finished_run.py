@@ -26,7 +26,7 @@ def candidate(score: float, **more: Any) -> dict[str, Any]:
         "epoch": 3,
         "weights_sha256": "77" * 32,
         "variant": "pico",
-        "resolution": [64, 64],
+        "resolution": 64,
         "parameters": 4_000_000,
         **more,
     }
