@@ -22,6 +22,7 @@ th { text-align: left; font-weight: 600 } td.number, th.number { text-align: rig
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .8rem; opacity: .75; overflow-wrap: anywhere }
 img { width: 100%; height: auto }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2rem } .beside > * { flex: 1 1 26rem; max-width: 34rem }
 .wide { overflow-x: auto } .matrix td { text-align: center; min-width: 2rem; padding: .15rem .3rem; font-size: .8rem }
 .matrix th { font-size: .8rem; padding: .15rem .4rem }
 .turned span { writing-mode: vertical-rl; transform: rotate(180deg) }
@@ -93,6 +94,11 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     return f'<div class="wide"><table class="matrix"><tr><th></th>{columns}</tr>{"".join(lines)}</table></div>'
 
 
+def beside(*parts: str) -> str:
+    """Parts in one row where the page is wide enough."""
+    return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
 COLOURS = ("#2f6fed", "#d9480f", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285", "#e67700", "#5f3dc4")
 
 
@@ -104,7 +110,9 @@ def line_chart(series: dict[str, tuple[Sequence[float], Sequence[float]]], *, x:
     def point(u: float, v: float) -> str:
         return f"{left + u * plot_w:.1f},{10 + (1 - v) * plot_h:.1f}"
 
-    parts = [f'<svg viewBox="0 0 {width} {height + 18 * len(series)}" role="img" font-size="12" fill="currentColor">']
+    parts = [
+        f'<svg viewBox="0 0 {width} {height + 18 * len(series) + 10}" role="img" font-size="12" fill="currentColor">'
+    ]
     for tick in (0, 0.2, 0.4, 0.6, 0.8, 1.0):
         ax, ay = left + tick * plot_w, 10 + (1 - tick) * plot_h
         parts.append(f'<line x1="{left}" x2="{left + plot_w}" y1="{ay}" y2="{ay}" stroke="#8884"/>')
@@ -114,7 +122,7 @@ def line_chart(series: dict[str, tuple[Sequence[float], Sequence[float]]], *, x:
         colour = COLOURS[i % len(COLOURS)]
         points = " ".join(point(u, v) for u, v in zip(us, vs, strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        legend = height + 18 * i + 4
+        legend = height + 18 * i + 14
         parts.append(f'<rect x="{left}" y="{legend - 9}" width="14" height="4" fill="{colour}"/>')
         parts.append(f'<text x="{left + 22}" y="{legend}">{escape(name)}</text>')
     parts.append(f'<text x="{left + plot_w / 2}" y="{height - 6}" text-anchor="middle">{escape(x)}</text>')

@@ -30,6 +30,7 @@ MAY_IMPORT = {
         "rfdetr_core.models",
         "rfdetr_core.config",
         "rfdetr_core.errors",
+        "rfdetr_core.hardware",
         "rfdetr_core.html",
     ),
     "rfdetr_core.config": ("rfdetr_core.config", "rfdetr_core.errors", "rfdetr_core.storage"),

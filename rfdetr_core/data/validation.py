@@ -402,6 +402,8 @@ def _check_content(splits: dict[str, ValidSplit], class_map: ClassMap, report: R
         if not len(table):
             report.add("empty-split", "error", "split has no images", [name])
         present = set(table.labels[~table.crowd].tolist())
+        if len(table) and not present and name != "train":
+            report.add("nothing-to-measure", "warning", "split without a usable box: it has no scores", [name])
         absent = [class_map.names[label] for label in range(len(class_map)) if label not in present]
         report.add("class-absent", "warning", "class without boxes", (f"{name}: {class_name}" for class_name in absent))
         unlearned = [class_map.names[label] for label in sorted(present - trained)]

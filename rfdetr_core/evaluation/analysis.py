@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from rfdetr_core.data.annotations import AnnotationTable, ClassMap
 from rfdetr_core.evaluation.detections import Detections
-from rfdetr_core.evaluation.f1 import IOU, match, ranked
+from rfdetr_core.evaluation.f1 import IOU
+from rfdetr_core.evaluation.matching import match, ranked
 from rfdetr_core.evaluation.metrics import evaluator
 
 BACKGROUND = "background"
@@ -52,7 +53,7 @@ def outcome(table: AnnotationTable, classes: int, detections: Detections, *, sco
     """Match the detections of at least this score, as the F1 sweep does."""
     order = ranked(detections, classes, max_dets)
     order = order[detections.scores[order] >= score]
-    matches = match(table, classes, detections, order)
+    [matches] = match(table, classes, detections, order)
     kept, hit = order[~matches.ignored], matches.hit[~matches.ignored]
     seen = detections.select(kept)
     missed = ~table.crowd & ~matches.found
@@ -108,17 +109,13 @@ def error_analysis(
     The kinds exclude each other; what they cost does not add up, since mending one changes the ranks of the others.
     """
     evaluation = evaluator(table, class_map, detections)
-    restrict(evaluation, max_dets)
+    # Boxes of all sizes together and at one limit only: a quarter of the work.
+    evaluation.params.maxDets = [max_dets]
+    evaluation.params.areaRng = [[0.0, 1e10]]
+    evaluation.params.areaRngLbl = ["all"]
     evaluation.evaluate()
     found = evaluation.tide_errors(pos_thr=IOU, bg_thr=OVERLAPS_NOTHING)
     return {
         "delta_ap50": {name: float(found["delta_ap"][key]) for name, key in ERROR_KINDS.items()},
         "counts": {name: int(found["counts"][key]) for name, key in ERROR_KINDS.items()},
     }
-
-
-def restrict(evaluation: Any, max_dets: int) -> None:
-    """Count boxes of all sizes together and at one limit only: a quarter of the work or less."""
-    evaluation.params.maxDets = [max_dets]
-    evaluation.params.areaRng = [[0.0, 1e10]]
-    evaluation.params.areaRngLbl = ["all"]

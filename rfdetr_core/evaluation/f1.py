@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.evaluation.detections import Detections
+from rfdetr_core.evaluation.matching import Integers, match, ranked, ratio
 
 IOU = 0.5
 THRESHOLDS: NDArray[np.float64] = np.arange(101) / 100  # linspace has 0.5700000000000001
-PAIRS_AT_ONCE = 500_000  # box pairs whose overlap is computed in one go: about 100 MB
-
-Integers = NDArray[np.int64]
-Boxes = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,9 +70,9 @@ class F1Counts:
         wanted = np.broadcast_to(boxes[:, None], true.shape)
         return F1Sweep(
             defined=boxes > 0,
-            precision=_ratio(true, true + false),
-            recall=_ratio(true, wanted),
-            f1=_ratio(2 * true, true + false + wanted),
+            precision=ratio(true, true + false),
+            recall=ratio(true, wanted),
+            f1=ratio(2 * true, true + false + wanted),
         )
 
 
@@ -94,7 +89,7 @@ def f1_sweep(table: AnnotationTable, classes: int, detections: Detections, *, ma
 def f1_counts(table: AnnotationTable, classes: int, detections: Detections, *, max_dets: int) -> F1Counts:
     """The matching of `f1_sweep`, to be counted."""
     order = ranked(detections, classes, max_dets)
-    matches = match(table, classes, detections, order)
+    [matches] = match(table, classes, detections, order)
     labels, scores = detections.labels[order], detections.scores[order]
     step = np.searchsorted(THRESHOLDS, scores, side="right") - 1
     return F1Counts(
@@ -106,73 +101,3 @@ def f1_counts(table: AnnotationTable, classes: int, detections: Detections, *, m
         box_images=np.repeat(np.arange(len(table)), table.counts)[~table.crowd],
         box_labels=table.labels[~table.crowd],
     )
-
-
-class Matches(NamedTuple):
-    """What became of K detections and N boxes."""
-
-    hit: NDArray[np.bool_]  # (K,) found a box
-    ignored: NDArray[np.bool_]  # (K,) found none, but lies in a crowd region
-    found: NDArray[np.bool_]  # (N,) boxes that were found
-
-
-def match(table: AnnotationTable, classes: int, detections: Detections, order: Integers) -> Matches:
-    """Which of the detections `order` found a box, and which box was found, at IoU 0.5.
-
-    `order` has the detections of one image and class together, best first.
-    """
-    truth_groups = np.repeat(np.arange(len(table)), table.counts) * classes + table.labels
-    rows = np.argsort(truth_groups, kind="stable")
-    groups = detections.images[order] * classes + detections.labels[order]
-    first = np.searchsorted(truth_groups[rows], groups, side="left")
-    counts = np.searchsorted(truth_groups[rows], groups, side="right") - first
-
-    found: list[tuple[Integers, Integers, Boxes]] = []
-    for chunk in _chunks(counts):
-        detection = np.repeat(chunk, counts[chunk])
-        within = np.arange(len(detection)) - np.repeat(np.cumsum(counts[chunk]) - counts[chunk], counts[chunk])
-        row = rows[first[detection] + within]
-        overlaps = _overlap(detections.boxes[order[detection]], table.boxes[row], table.crowd[row])
-        near = overlaps >= IOU
-        found.append((detection[near], row[near], overlaps[near]))
-    detection, row, overlaps = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    crowd = table.crowd[row]
-
-    hit, free = np.zeros(len(order), dtype=np.bool_), np.ones(len(table.boxes), dtype=np.bool_)
-    # Best overlap first; of equal overlaps the later box, as pycocotools has it.
-    best_first = np.lexsort((-row[~crowd], -overlaps[~crowd], detection[~crowd]))
-    for d, r in zip(detection[~crowd][best_first].tolist(), row[~crowd][best_first].tolist(), strict=True):
-        if free[r] and not hit[d]:
-            hit[d], free[r] = True, False
-    ignored = np.zeros(len(order), dtype=np.bool_)
-    ignored[detection[crowd]] = True
-    return Matches(hit, ignored & ~hit, ~free)
-
-
-def ranked(detections: Detections, classes: int, max_dets: int) -> Integers:
-    """The `max_dets` best detections of each image and class, those of one image and class together, best first."""
-    groups = detections.images * classes + detections.labels
-    order = np.lexsort((-detections.scores, groups))
-    starts = np.searchsorted(groups[order], groups[order], side="left")
-    return order[np.arange(len(order)) - starts < max_dets]
-
-
-def _chunks(counts: Integers) -> Iterator[Integers]:
-    """Positions in runs of about PAIRS_AT_ONCE pairs; at least one run."""
-    run = np.cumsum(counts) // PAIRS_AT_ONCE
-    yield from np.split(np.arange(len(counts)), np.flatnonzero(np.diff(run)) + 1)
-
-
-def _overlap(found: Boxes, truth: Boxes, crowd: NDArray[np.bool_]) -> Boxes:
-    """IoU of pairs of boxes x1, y1, x2, y2; with a crowd region, the part of the found box that lies in it."""
-    sides = np.minimum(found[:, 2:], truth[:, 2:]) - np.maximum(found[:, :2], truth[:, :2])
-    common = np.prod(np.clip(sides, 0.0, None), axis=1)
-    area = np.prod(found[:, 2:] - found[:, :2], axis=1)
-    union = area + np.prod(truth[:, 2:] - truth[:, :2], axis=1) - common
-    return _ratio(common, np.where(crowd, area, union))
-
-
-def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    quotient = np.zeros(np.shape(part))
-    np.divide(part, whole, out=quotient, where=np.asarray(whole) > 0)
-    return quotient

@@ -81,7 +81,7 @@ def measure(
     if champion:
         samples = config.evaluate.bootstrap_samples
         log.info("comparing with the champion on %d draws of the images", samples)
-        result = compare(split.table, class_map, found[0], found[1], samples=samples, seed=SEED)
+        result = compare(split.table, found[0], found[1], samples=samples, seed=SEED)
         comparison = {"champion": champion.version, **result}
     usable = ~split.table.crowd
     document = {

@@ -83,7 +83,7 @@ def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detect
         for label, name in enumerate(class_map.names)
     }
     return CocoMetrics(
-        coco=_twelve_numbers(precision, recall, limits),
+        coco=twelve_numbers(precision, recall, limits),
         max_dets=max_dets,
         map=_mean(precision[..., 0, at]),
         map50=_mean(precision[0, ..., 0, at]),
@@ -125,8 +125,8 @@ def _to_xywh(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _twelve_numbers(precision: Any, recall: Any, limits: list[int]) -> dict[str, float]:
-    """precision (10 IoU, 101 recall, classes, 4 areas, limits), recall (10 IoU, classes, 4 areas, limits)."""
+def twelve_numbers(precision: Any, recall: Any, limits: list[int]) -> dict[str, float]:
+    """Of precision (10 IoU, 101 recall, classes, 4 areas, limits) and recall (10 IoU, classes, 4 areas, limits)."""
     one, ten, hundred = (limits.index(limit) for limit in COCO_MAX_DETS)
     return {
         "AP": _mean(precision[..., 0, hundred]),

@@ -20,6 +20,7 @@ CONFUSION_SHOWN = 40  # classes in the matrix; the least frequent of more are on
 PICTURE_BYTES = 6_000_000  # of all pictures together: the page opens in any browser and fits into a mail
 NOTHING, LITTLE = 0.0005, 0.1  # mAP that is shown as 0.000; AP50 that helps nobody
 
+TITLES = {"map": "mAP", "map50": "mAP50", "map75": "mAP75", "mar": "mAR", "f1": "F1"}
 KINDS = {
     "classification": "right place, another class",
     "localisation": "right class, overlap below 0.5",
@@ -48,8 +49,10 @@ def evaluation_html(name: str, measured: Measurement, *, sample_images: int) -> 
         html.section("COCO metrics", _coco_table(candidate, champion)),
         html.section("By size", _size_table(document)),
         html.section("Per class", _class_table(candidate, champion)),
-        html.section("Precision over recall at IoU 0.5", _precision_curves(metrics, class_map)),
-        html.section("F1 over the score threshold at IoU 0.5", _f1_curves(metrics, class_map)),
+        html.section(
+            "Curves at IoU 0.5",
+            html.beside(_precision_curves(metrics, class_map), _f1_curves(metrics, class_map)),
+        ),
         html.section("Confusion", _confusion(measured)),
         html.section("Errors", _errors(candidate)),
         html.section("Latency and size", _latency(candidate, champion)),
@@ -82,7 +85,7 @@ def verdict(document: dict[str, Any]) -> str:
 def _comparison(document: dict[str, Any]) -> str:
     compared, champion = document["comparison"], document["champion"]
     rows = [
-        [name, v["candidate"], v["champion"], _signed(v["difference"]), _interval(v), v["p_value"]]
+        [TITLES[name], v["candidate"], v["champion"], _signed(v["difference"]), _interval(v), v["p_value"]]
         for name, v in compared["metrics"].items()
     ]
     header = ["metric", "candidate", "champion", "difference", "95 % interval", "p"]
@@ -116,8 +119,8 @@ def _signed(value: float) -> str:
 
 
 def _coco_table(candidate: dict[str, Any], champion: dict[str, Any] | None) -> str:
-    rows = {f"{key} at {candidate['max_dets']} detections": key for key in ("map", "map50", "map75", "mar", "f1")}
-    rows |= {"score threshold of that f1": "f1_threshold", "precision there": "precision", "recall there": "recall"}
+    rows = {f"{title} at {candidate['max_dets']} detections": key for key, title in TITLES.items()}
+    rows |= {"score threshold of that F1": "f1_threshold", "precision there": "precision", "recall there": "recall"}
     lines = [[title, candidate[key], *([champion[key]] if champion else [])] for title, key in rows.items()]
     lines += [[key, value, *([champion["coco"][key]] if champion else [])] for key, value in candidate["coco"].items()]
     return html.table(["metric", "candidate", *(["champion"] if champion else [])], lines)
@@ -201,7 +204,8 @@ def _latency(candidate: dict[str, Any], champion: dict[str, Any] | None) -> str:
     ]
     header = ["", "variant", "resolution", "parameters", "weights MiB", "ms per image", "90th percentile", "images/s"]
     latency = candidate["latency"]
-    where = f"{latency['device']} ({latency['device_name']}), {latency['threads']} threads, {latency['precision']}"
+    threads = f"{latency['threads']} thread{'s' * (latency['threads'] > 1)}"
+    where = f"{latency['device']} ({latency['device_name']}), {threads}, {latency['precision']}"
     return html.table(header, rows) + html.note(f"PyTorch on {where}, batch 1, {latency['runs']} runs.")
 
 

@@ -9,14 +9,16 @@ from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.evaluation.analysis import Outcome
 
 LONGEST_SIDE = 480  # px: small enough that a few dozen fit into a page
+ENLARGED = 320  # px of the longest side of a smaller image, or the names would cover it
 ANNOTATED, RIGHT, WRONG, MISSED = "white", "#2b8a3e", "#c92a2a", "#f59f00"
 LEGEND = "White: annotated. Green: found. Red: found where there is none of that class. Orange: annotated and missed."
 
 
 def draw_sample(split: PreparedSplit, image: int, seen: Outcome, class_map: ClassMap) -> Image.Image:
-    """One image at most LONGEST_SIDE large: annotated boxes, and what the model found at its operating point."""
+    """One image, its longest side from ENLARGED to LONGEST_SIDE: what was annotated, and what the model found."""
     picture = split.decode(image)
-    scale = min(1.0, LONGEST_SIDE / max(picture.size))
+    longest = max(picture.size)
+    scale = min(max(longest, ENLARGED), LONGEST_SIDE) / longest
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.BILINEAR)
     draw, table, found = ImageDraw.Draw(picture), split.table, seen.detections

@@ -280,6 +280,10 @@ CASES: dict[str, list[tuple[str, Edit, list[str], Edit]]] = {
         ),
         ("error", train(annotations=[annotation(bbox=[5, 5, 0, 9])]), ["train"], train(annotations=[annotation()])),
     ],
+    "nothing-to-measure": [
+        ("warning", valid(annotations=[]), ["valid"], valid()),
+        ("warning", valid(annotations=[annotation(iscrowd=1)]), ["valid"], train(annotations=[annotation()])),
+    ],
     "empty-split": [
         (
             "error",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rfdetr_core.data.annotations import AnnotationTable
-from rfdetr_core.evaluation import f1 as module
+from rfdetr_core.evaluation import matching as module
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.f1 import THRESHOLDS, f1_sweep
 from rfdetr_core.evaluation.metrics import coco_metrics

@@ -5,21 +5,25 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from rfdetr_core import html
 from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.evaluation import report as module
+from rfdetr_core.evaluation.analysis import Outcome, confusion, error_analysis, outcome
+from rfdetr_core.evaluation.comparison import compare
 from rfdetr_core.evaluation.detections import Detections
-from rfdetr_core.evaluation.metrics import coco_metrics
-from rfdetr_core.evaluation.report import evaluation_html
-from rfdetr_core.evaluation.samples import LONGEST_SIDE, MIN_SCORE, draw_sample
+from rfdetr_core.evaluation.measure import Measurement
+from rfdetr_core.evaluation.metrics import CocoMetrics, coco_metrics
+from rfdetr_core.evaluation.report import evaluation_html, verdict
+from rfdetr_core.evaluation.samples import ANNOTATED, LONGEST_SIDE, MISSED, RIGHT, WRONG, draw_sample
 from tests.data.helpers import annotation, document, image_row, prepared, write_dataset
 from tests.data.test_report import Page
 from tests.evaluation.helpers import classes, detections_of, random_problem
@@ -45,27 +49,63 @@ def perfect(dataset: PreparedDataset) -> Detections:
     )
 
 
-def page_of(
+LATENCY = {
+    "milliseconds": 12.5, "p90_milliseconds": 14.0, "images_per_second": 80.0, "batch_size": 1, "runs": 20,
+    "device": "cpu", "device_name": "a processor", "threads": 2, "precision": "float32",
+}  # fmt: skip
+
+
+def row(metrics: CocoMetrics, table: Any, class_map: ClassMap, detections: Detections) -> dict[str, Any]:
+    return {
+        **metrics.to_json(), "source": "ema", "epoch": 4, "weights_sha256": "0" * 64, "weights_bytes": 3 * 2**20,
+        "parameters": 1234, "variant": "nano", "resolution": 64, "classes": list(class_map.names),
+        "missing_classes": [], "dropped_classes": [], "latency": LATENCY,
+        "errors": error_analysis(table, class_map, detections, max_dets=500),
+    }  # fmt: skip
+
+
+def measurement(
     dataset: PreparedDataset,
-    *,
-    champion: dict[str, Any] | None = None,
     detections: Detections | None = None,
-    samples: int = 12,
-) -> str:
-    split = dataset.split("valid")
+    champion: Detections | None = None,
+    *,
+    samples: int = 50,
+    split: str = "valid",
+    **document: Any,
+) -> Measurement:
+    """As `measure` makes it, of detections instead of models."""
+    part, class_map = dataset.split(split), dataset.class_map
+    table = part.table
     found = perfect(dataset) if detections is None else detections
-    metrics = coco_metrics(split.table, dataset.class_map, found, max_dets=500)
-    candidate = {**metrics.to_json(), "source": "ema", "epoch": 4, "weights_sha256": "0" * 64}
-    content = {"candidate": candidate, "champion": champion, "split": "valid", "images": len(split), "test_digest": "x"}
-    return evaluation_html(
-        name="<b>cells</b>",
-        document=content,
-        metrics=metrics,
-        split=split,
-        class_map=dataset.class_map,
-        detections=found,
-        sample_images=samples,
+    metrics = coco_metrics(table, class_map, found, max_dets=500)
+    seen = outcome(table, len(class_map), found, score=max(metrics.f1_threshold, 0.0), max_dets=500)
+    content: dict[str, Any] = {
+        "candidate": row(metrics, table, class_map, found),
+        "champion": None,
+        "comparison": None,
+        "split": split,
+        "split_note": None,
+        "images": len(part),
+        "boxes": len(table.boxes),
+        "boxes_by_size": {"small": 0, "medium": 4, "large": 0},
+    }
+    if champion is not None:
+        theirs = coco_metrics(table, class_map, champion, max_dets=500)
+        content["champion"] = {"version": "run-7", **row(theirs, table, class_map, champion)}
+        result = compare(table, (metrics, found), (theirs, champion), samples=samples, seed=0)
+        content["comparison"] = {"champion": "run-7", **result}
+    return Measurement(
+        {**content, **document}, confusion(table, class_map, seen), part, class_map, metrics, found, seen, champion
     )
+
+
+def page_of(dataset: PreparedDataset, detections: Detections | None = None, samples: int = 12, **more: Any) -> str:
+    return evaluation_html("<b>cells</b>", measurement(dataset, detections, **more), sample_images=samples)
+
+
+def without(detections: Detections, *rows: int) -> Detections:
+    """All but some of them."""
+    return detections.select(np.setdiff1d(np.arange(len(detections.scores)), rows))
 
 
 def test_the_page_stands_alone_and_escapes_every_name(dataset: PreparedDataset) -> None:
@@ -77,69 +117,112 @@ def test_the_page_stands_alone_and_escapes_every_name(dataset: PreparedDataset) 
     for name in (*NAMES, "Evaluation of <b>cells</b>", "<i>0&.png"):
         assert name in seen.text
     assert len(page) < 8_000_000
-    assert page.startswith("<!doctype html>") and page.count("<svg") == page.count("</svg>") == 1
+    assert page.startswith("<!doctype html>") and page.count("<svg") == page.count("</svg>") == 2
 
 
 def test_it_says_first_how_good_the_model_is(dataset: PreparedDataset) -> None:
     text = Page(page_of(dataset)).text
     assert "mAP 1.000, mAP50 1.000 on valid; there is no champion to compare with" in text
-    assert "6 images of the valid split, ema weights of epoch 5" in text
-    assert "f1 at 500 detections" in text and "map at 500 detections" in text
+    assert "6 images with 4 boxes of the valid split; ema weights of epoch 5, SHA-256 0000" in text
+    assert "F1 at 500 detections" in text and "mAP at 500 detections" in text
+    assert "Against the champion" not in text and "Not the split" not in text
+    assert "12.500" in text and "cpu (a processor), 2 threads, float32" in text
+
+
+def kind_of(page: str) -> str:
+    """Of the first verdict."""
+    return re.findall(r'<p class="verdict (\w+)">', page)[0]
+
+
+def test_a_model_that_finds_nothing_is_no_good_even_without_a_champion(dataset: PreparedDataset) -> None:
+    """Beside no other model every model is the best one."""
+    nothing = page_of(dataset, Detections.concatenate([]))
+    assert "the model finds nothing" in Page(nothing).text and kind_of(nothing) == "bad"
+    little = page_of(dataset, replace(perfect(dataset), labels=np.full(4, 2)))
+    assert kind_of(little) == "bad"
+    document = measurement(dataset).document
+    document["candidate"] |= {"map": 0.02, "map50": 0.06}
+    assert "too little to be of use" in verdict(document) and kind_of(verdict(document)) == "warn"
+    assert kind_of(page_of(dataset)) == "good"
 
 
 @pytest.mark.parametrize(
     ("champion", "word", "kind"),
-    [(0.9, "better than", "good"), (1.0, "equal to", "warn"), (1.1, "worse than", "warn")],
+    [((0, 1, 2, 3), "better than", "good"), ((), "equal to", "warn")],
 )
-def test_the_champion_stands_beside(dataset: PreparedDataset, champion: float, word: str, kind: str) -> None:
-    split = dataset.split("valid")
-    row = coco_metrics(split.table, dataset.class_map, Detections.concatenate([]), max_dets=500).to_json()
-    own = coco_metrics(split.table, dataset.class_map, perfect(dataset), max_dets=500).map
-    row |= {"map": own + champion - 1, "version": "run-7"}
-    row["per_class"] = {NAMES[0]: {"ap": 0.123}}  # it may know fewer classes
-    page = page_of(dataset, champion=row)
+def test_the_champion_stands_beside(dataset: PreparedDataset, champion: Any, word: str, kind: str) -> None:
+    ours = perfect(dataset)
+    page = page_of(dataset, champion=without(ours, *champion))
     text = Page(page).text
-    assert f"on valid: {word} the champion run-7 ({champion * -1 + 1:+.3f} mAP)" in text
-    assert f'<p class="verdict {kind}">' in page
-    assert "0.123" in text and "champion AP" in text
+    assert f"on valid: {word} the champion run-7" in text and kind_of(page) == kind
+    assert "Against the champion run-7" in text and "50 draws of the 6 images" in text
+    assert "95 % interval" in text and "champion AP" in text
 
 
-def test_without_ground_truth_it_says_so(dataset: PreparedDataset, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "source", None, document(annotations=[]))
-    empty = prepared(tmp_path / "source", tmp_path / "prepared")
-    page = page_of(empty, detections=Detections.concatenate([]))
-    assert "No metric is defined: the valid split has no boxes" in Page(page).text
-    assert "-1.000" not in page and page.count("<polyline") == 0
+def test_a_worse_model_is_called_so(dataset: PreparedDataset) -> None:
+    page = page_of(dataset, without(perfect(dataset), 0, 1), champion=perfect(dataset))
+    assert "on valid: worse than the champion run-7 (-0." in Page(page).text and kind_of(page) == "warn"
 
 
-def test_pictures_are_spread_and_the_same_each_time(dataset: PreparedDataset) -> None:
-    page = page_of(dataset, samples=3)
-    assert re.findall(r"<figcaption>([^<]*)", page) == [
-        "&lt;i&gt;0&amp;.png",
-        "&lt;i&gt;2&amp;.png",
-        "&lt;i&gt;5&amp;.png",
-    ]
-    assert page_of(dataset, samples=3) == page
+def test_a_gain_that_may_be_luck_is_not_shown_as_one(dataset: PreparedDataset) -> None:
+    ours = perfect(dataset)
+    page = page_of(dataset, champion=without(ours, 0))
+    assert "it may be luck" in Page(page).text and kind_of(page) == "warn"
+    document = measurement(dataset, champion=without(ours, 0), samples=0).document
+    assert "interval" not in verdict(document) and kind_of(verdict(document)) == "good"
+
+
+def test_it_names_classes_that_the_champion_does_not_share(dataset: PreparedDataset) -> None:
+    measured = measurement(dataset, champion=perfect(dataset))
+    measured.document["champion"] |= {"missing_classes": [NAMES[0]], "dropped_classes": ["wolf"]}
+    text = Page(evaluation_html("x", measured, sample_images=0)).text
+    assert f"The champion does not know {NAMES[0]}." in text
+    assert "The champion knows, and this dataset lacks, wolf." in text
+
+
+def test_another_split_than_asked_for_is_said_at_the_top(dataset: PreparedDataset) -> None:
+    text = Page(page_of(dataset, split_note="measured on valid, because no image of test has a box")).text
+    assert "Not the split that was asked for: measured on valid" in text
+    assert text.index("Not the split") < text.index("COCO metrics")
+
+
+def test_the_worst_and_the_best_pictures_are_shown_the_same_each_time(dataset: PreparedDataset) -> None:
+    wrong = without(perfect(dataset), 3)
+    page = page_of(dataset, wrong, samples=2)
+    names = [caption.split(" · ") for caption in re.findall(r"<figcaption>([^<]*)", page)]
+    assert [int(re.findall(r"\d", name)[0]) for name, *_ in names] == [3, 0, 0, 1]
+    assert names[0][1:] == ["F1 0.00", "1 error"]
+    assert page.index("Worst images") < page.index("Best images")
+    assert page_of(dataset, wrong, samples=2) == page
     assert page_of(dataset, samples=0).count("<figure>") == 0
-    assert page_of(dataset, samples=100).count("<figure>") == 6
+    assert page_of(dataset, samples=100).count("<figure>") == 6  # none of them twice
     first = re.findall(r"base64,([^\"]*)", page)[0]
-    assert Image.open(io.BytesIO(base64.b64decode(first))).size == (200, 150)
+    assert Image.open(io.BytesIO(base64.b64decode(first))).size == (320, 240)
+
+
+def test_confusion_and_errors_have_their_tables(dataset: PreparedDataset) -> None:
+    ours = perfect(dataset)
+    swapped = replace(ours, labels=np.array([1, 1, 0, 1]))
+    seen = Page(page_of(dataset, swapped))
+    assert "Rows: annotated; columns: found" in seen.text and "right place, another class" in seen.text
+    assert "&lt;b&gt;bold&lt;/b&gt; → quote &quot; &amp; amp: 1" in page_of(dataset, swapped)
 
 
 def test_pictures_stop_before_the_page_grows_too_large(
     dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PICTURE_BYTES", 50_000)  # noise: about 30 kB each
+    sizes = [len(figure) for figure in re.findall(r"<figure>.*?</figure>", page_of(dataset))]
+    monkeypatch.setattr(module, "PICTURE_BYTES", int(3.5 * max(sizes)))  # they are of noise, and differ little
     page = page_of(dataset)
-    shown = page.count("<figure>")
-    assert 1 < shown < 6
-    assert f"{6 - shown} more are left out" in Page(page).text
+    assert page.count("<figure>") == 3  # one of the worst, for which half of the room is kept, and two of the best
+    assert "2 more are left out" in Page(page).text and "1 more are left out" in Page(page).text
 
 
 def test_many_classes_fit_into_one_chart() -> None:
     table, class_map, detections = random_problem(3, images=30, labels=40, detections=2000)
     metrics = coco_metrics(table, class_map, detections, max_dets=100)
-    chart = module._curves(metrics, class_map)
+    chart = module._precision_curves(metrics, class_map)
+    assert module._f1_curves(metrics, class_map).count("<polyline") == module.CURVES_SHOWN + 1  # and their mean
     present = sum(row["boxes"] > 0 for row in metrics.per_class.values())
     assert present > 12
     assert chart.count("<polyline") == module.CURVES_SHOWN
@@ -176,31 +259,39 @@ def grey_dataset(folder: Path, width: int, height: int) -> PreparedDataset:
     return prepared(folder / "source", folder / "prepared")
 
 
-def test_a_sample_shows_what_was_annotated_and_what_was_found(tmp_path: Path) -> None:
+def outcome_of(dataset: PreparedDataset, rows: Any) -> Outcome:
+    return outcome(dataset.split("train").table, 2, detections_of(rows), score=0.3, max_dets=100)
+
+
+def rgb(colour: str) -> list[int]:
+    return list(ImageColor.getrgb(colour))
+
+
+def test_a_sample_shows_what_was_annotated_found_and_missed(tmp_path: Path) -> None:
     dataset = grey_dataset(tmp_path, 400, 300)
-    rows = [(0, 1, 0.9, (250, 200, 350, 280)), (0, 0, MIN_SCORE - 0.01, (300, 20, 380, 60)), (1, 0, 0.9, (5, 5, 60, 8))]
-    picture = draw_sample(dataset.split("train"), 0, detections_of(rows), classes(2))
-    pixels = np.asarray(picture)
-    assert picture.size == (400, 300)
-    assert pixels[100, 10].tolist() == pixels[10, 100].tolist() == [255, 255, 255]  # annotated
-    colour = tuple(int(html.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5))
-    assert tuple(pixels[240, 250].tolist()) == tuple(pixels[200, 340].tolist()) == colour  # found
+    rows = [(0, 1, 0.9, (250, 200, 350, 280)), (0, 0, 0.29, (300, 20, 380, 60))]
+    pixels = np.asarray(draw_sample(dataset.split("train"), 0, outcome_of(dataset, rows), classes(2)))
+    assert pixels.shape == (300, 400, 3)
+    assert pixels[100, 10].tolist() == pixels[160, 100].tolist() == rgb(MISSED)
+    assert pixels[240, 250].tolist() == pixels[200, 340].tolist() == rgb(WRONG)
     assert pixels[40, 300].tolist() == [90, 90, 90]  # too unsure to be shown
-    assert pixels[8, 30].tolist() == [90, 90, 90]  # of another image
-    lettered = (pixels[186:200, 250:340] == 255).all(axis=2)
-    assert lettered.any()
+    assert (pixels[186:200, 250:340] == 255).all(axis=2).any()  # its name
+    right = [(0, 0, 0.9, (14, 14, 210, 160))]
+    pixels = np.asarray(draw_sample(dataset.split("train"), 0, outcome_of(dataset, right), classes(2)))
+    assert pixels[100, 10].tolist() == rgb(ANNOTATED) and pixels[100, 14].tolist() == rgb(RIGHT)
 
 
 def test_a_large_sample_is_reduced_with_its_boxes(tmp_path: Path) -> None:
     dataset = grey_dataset(tmp_path, 960, 480)
-    picture = draw_sample(dataset.split("train"), 0, Detections.concatenate([]), ClassMap((1,), ("a",)))
+    rows = [(0, 0, 0.9, (10, 10, 490, 250))]
+    picture = draw_sample(dataset.split("train"), 0, outcome_of(dataset, rows), ClassMap((1,), ("a",)))
     assert picture.size == (LONGEST_SIDE, 240)
-    white = np.nonzero((np.asarray(picture) == 255).all(axis=2))
-    assert (white[1].min(), white[1].max(), white[0].min(), white[0].max()) == (5, 245, 5, 125)
+    green = np.nonzero((np.asarray(picture) == rgb(RIGHT)).all(axis=2))
+    assert (green[1].min(), green[1].max(), green[0].max()) == (4, 245, 125)
 
 
 def test_a_thread_of_an_image_can_be_drawn(tmp_path: Path) -> None:
     write_dataset(tmp_path / "s", document([image_row(1, "a.png", 2000, 1)], [annotation(bbox=(0, 0, 100, 1))]))
     dataset = prepared(tmp_path / "s", tmp_path / "p")
-    picture = draw_sample(dataset.split("train"), 0, Detections.concatenate([]), classes(1))
+    picture = draw_sample(dataset.split("train"), 0, outcome_of(dataset, []), classes(1))
     assert picture.size == (LONGEST_SIDE, 1)

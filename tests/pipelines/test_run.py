@@ -80,7 +80,7 @@ def test_every_stage_publishes_what_the_design_names(project: Project) -> None:
         "dataset": {"dataset.json", "report.json", "report.html"},
         "probe": {"probe.json"},
         "train": {"metrics.jsonl", "metrics.csv", "result.json", "checkpoints/checkpoint_best_total.pth"},
-        "evaluate": {"metrics.json", "report.html", "detections.json"},
+        "evaluate": {"metrics.json", "report.html", "detections.json", "confusion.json"},
         "export": {"model.onnx", "parity.json", "latency.json"},
         "promote": {"decision.json"},
     }
@@ -128,6 +128,20 @@ def test_the_metrics_can_be_recomputed_from_what_lies_beside_them(project: Proje
     evaluation.summarize()
     found = project.json("evaluate/metrics.json")["candidate"]["coco"]
     assert list(found.values()) == pytest.approx(list(evaluation.stats), abs=1e-9)
+
+
+@pytest.mark.slow
+def test_the_pipeline_s_page_shows_scores_confusion_and_report(project: Project) -> None:
+    """What KFP keeps of the task: its UI draws these."""
+    [path] = (project.folder / "runs" / "kfp" / "r1").glob("*/evaluate/executor_output.json")
+    artifacts = json.loads(path.read_text())["artifacts"]
+    shown = {name: found["artifacts"][0] for name, found in artifacts.items()}
+    metrics, confusion = project.json("evaluate/metrics.json"), project.json("evaluate/confusion.json")
+    assert shown["metrics"]["metadata"]["candidate_map"] == metrics["candidate"]["map"]
+    drawn = shown["confusion"]["metadata"]["confusionMatrix"]
+    assert [spec["displayName"] for spec in drawn["annotationSpecs"]] == confusion["classes"]
+    assert [row["row"] for row in drawn["rows"]] == confusion["matrix"]
+    assert Path(shown["report"]["uri"]).read_bytes() == (project.run / "evaluate" / "report.html").read_bytes()
 
 
 @pytest.mark.slow
