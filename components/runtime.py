@@ -36,6 +36,7 @@ from rfdetr_core.config import (
 )
 from rfdetr_core.errors import ConfigError, ExitError, RFDETRError, Terminated, UserError
 from rfdetr_core.publication import fetch, manifest_digest, publish, read_manifest, seal, unpublish
+from rfdetr_core.revision import code_revision, installed_versions
 from rfdetr_core.storage import FileDigest, Location, location
 
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -293,7 +294,7 @@ def _refuse_known_failure(previous: dict[str, Any] | None, inputs: str, attempt:
 
 def _made_by() -> dict[str, str]:
     """Recorded with every publication, and never part of what decides whether a stage runs again."""
-    return {"code": __version__, "image": os.environ.get("RFDETR_IMAGE", "")}
+    return {"code": __version__, "revision": code_revision() or "", "image": os.environ.get("RFDETR_IMAGE", "")}
 
 
 def _report(error: Exception | ExitError, *, debug: bool) -> None:
@@ -381,7 +382,7 @@ class StageStatus:
         return {
             "stage": self._stage.name,
             "started": self._started.isoformat(timespec="seconds"),
-            "versions": {"rfdetr_core": __version__, "python": sys.version.split()[0]},
+            "versions": {"rfdetr_core": __version__, "python": sys.version.split()[0], **installed_versions()},
             "hardware": hardware.describe(),
             **_made_by(),
             **self.facts,

@@ -15,6 +15,7 @@ from pipelines.argo_cli import argo
 from pipelines.cluster_cli import register
 from pipelines.containers.engine import Containers, local_inputs
 from pipelines.local import RunOutcome, new_run_id, run_locally
+from pipelines.models_cli import models
 from rfdetr_core.config import VARIANTS, RunConfig, load_run_config, merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import CheckpointError, ConfigError, ExitError
 from rfdetr_core.pretrained import fetch_weights, store_weights
@@ -23,6 +24,7 @@ from rfdetr_core.storage import location
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 weights = typer.Typer(no_args_is_help=True, help="Pretrained weights in the store.")
 app.add_typer(weights, name="weights")
+app.add_typer(models, name="models")
 app.add_typer(argo, name="argo")
 register(app)
 console = Console(highlight=False)

@@ -39,7 +39,7 @@ from rfdetr_core.errors import CheckpointError, ConfigError, StorageAccessError
 from rfdetr_core.evaluation.evaluate import evaluate_model
 from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.export.onnx import export_onnx
-from rfdetr_core.export.parity import check_parity
+from rfdetr_core.export.parity import Sample, check_parity
 from rfdetr_core.hardware import keep_freed_memory
 from rfdetr_core.models.linear import vouch_for
 from rfdetr_core.models.weight_file import read_weight_file
@@ -218,15 +218,10 @@ class RFDETR:
         with local_errors("write", output):
             output.mkdir(parents=True, exist_ok=True)
         path = output / f"rfdetr-{self.variant}.onnx"
-        side = trained.config.resolution
-        drawn = [
-            np.asarray(draw_image(np.random.default_rng(seed), side, 6)[0]) for seed in range(config.parity_images)
-        ]
-        images = [image[..., np.arange(trained.config.num_channels) % 3] for image in drawn]
         with local_errors("write", output), tempfile.TemporaryDirectory(dir=output, prefix=".export-") as scratch:
             draft = Path(scratch) / path.name
-            export_onnx(trained, draft, opset=config.opset, dynamic_batch=config.dynamic_batch)
-            check_parity(trained, draft, images, dynamic_batch=config.dynamic_batch, tolerance=config.tolerance)
+            export_onnx(trained, draft, config)
+            check_parity(trained, draft, _drawn_samples(trained.config, config.parity_images), config)
             draft.replace(path)
         return path
 
@@ -323,6 +318,16 @@ def _on_device(train: TrainConfig, device: Any) -> TrainConfig:
 
 def _named(device: Any) -> Any:
     return str(device) if isinstance(device, torch.device) else device
+
+
+def _drawn_samples(model: ModelConfig, count: int) -> list[Sample]:
+    """Pictures to compare on where there is no dataset; the channels of a drawing repeat."""
+    samples = []
+    for seed in range(count):
+        pixels = np.asarray(draw_image(np.random.default_rng(seed), model.resolution, 6)[0])
+        pixels = pixels[..., np.arange(model.num_channels) % 3]
+        samples.append(Sample(f"drawing {seed}", pixels, pixels))
+    return samples
 
 
 def _path(value: Any, name: str) -> Path:

@@ -32,7 +32,7 @@ from rfdetr_core.errors import (
     UserError,
 )
 from rfdetr_core.evaluation.evaluate import evaluate_model
-from rfdetr_core.export.parity import open_session
+from rfdetr_core.export.consumer import open_session
 from rfdetr_core.models import detector
 from rfdetr_core.prediction import AT_ONCE, Prediction
 from rfdetr_core.storage import Location
@@ -401,7 +401,7 @@ class TestExport:
 
     def test_a_file_that_differs_is_not_left_there(self, model: Any, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="differs from the trained model"):
-            model.export(tmp_path, tolerance=1e-12)
+            model.export(tmp_path, logits_tolerance=1e-12)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_that_cannot_be_made_is_told(self, model: Any, tmp_path: Path) -> None:
@@ -412,8 +412,8 @@ class TestExport:
             assert "\n" not in str(caught.value)
 
     def test_unknown_settings_are_refused(self, model: Any, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"export\(\): tolerence: unknown field; did you mean tolerance\?"):
-            model.export(tmp_path, tolerence=1e-3)
+        with pytest.raises(ConfigError, match=r"export\(\): presicion: unknown field; did you mean precision\?"):
+            model.export(tmp_path, presicion="fp16")
 
 
 class TestFromCheckpoint:

@@ -12,5 +12,5 @@ def promote(run_uri: str, job_id: str, decision: dsl.Output[dsl.Metrics]):
 
     run = launch("promote", run_uri, job_id)
     for name, value in read_json(run, "promote/decision.json").items():
-        if value is not None:
+        if value is not None and name != "checks":
             decision.metadata[name] = value

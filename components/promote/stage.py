@@ -1,7 +1,7 @@
 """promote: put the model into the registry and, if the gate lets it through, make it the champion.
 
 The only change to anything shared is one conditional write of champion.json, after everything it points to is
-published.
+published. It reads and compares; nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from components.runtime import Stage, StageContext, run_stage
-from rfdetr_core import __version__, hardware
-from rfdetr_core.errors import ChampionChangedError, StorageAccessError, VersionConflict
-from rfdetr_core.promotion import Verdict, decide
+from rfdetr_core.model_card import model_card
+from rfdetr_core.promotion import Check, Evidence, Verdict, comparable, decide
+from rfdetr_core.provenance import build_provenance
 from rfdetr_core.publication import manifest_digest, publish, read_manifest
 from rfdetr_core.registry import CHECKPOINT, Champion, Registry
 from rfdetr_core.storage import encode_json
@@ -29,6 +28,17 @@ STAGE = Stage(
     reads=("name", "promote"),
     after=("dataset", "train", "evaluate", "export"),
 )
+VERSION_FILES = (
+    ("export", "model.onnx"),
+    ("export", "model.safetensors"),
+    ("export", "model.json"),
+    ("export", "parity.json"),
+    ("export", "latency.json"),
+    ("train", f"checkpoints/{CHECKPOINT}"),
+    ("evaluate", "metrics.json"),
+    ("evaluate", "report.html"),
+)
+"""What a version takes over from the run: folder and file."""
 
 log = logging.getLogger("stage.promote")
 
@@ -39,23 +49,18 @@ def body(context: StageContext) -> None:
     metrics = context.read_result("evaluate", "metrics.json")
     champion = registry.champion()
     run_id = context.run.name
-    if champion is not None and champion.version == run_id:
-        # This very run won before and died before it could say so.
-        verdict, guarded = Verdict("promote", "this run is the champion already"), True
-    else:
-        verdict = decide(metrics["candidate"], _comparable(champion, metrics), gate)
-        guarded = _is_guarded(context, registry, verdict)
-    provenance = _provenance(context)
+    won_before = champion is not None and champion.version == run_id  # and died before it could say so
+    verdict, guarded = _again() if won_before else _decide(context, registry, champion, metrics)
+    provenance = _provenance(context, metrics, champion)
     if verdict.outcome != "refuse":
-        _publish_version(context, registry, provenance, metrics)
-    if verdict.outcome == "promote" and (champion is None or champion.version != run_id):
-        _move_pointer(registry, champion, run_id, metrics)
+        _publish_version(context, registry, provenance, metrics, verdict, champion=won_before)
+    if verdict.outcome == "promote" and not won_before:
+        registry.move(champion, run_id, metrics=metrics["candidate"], test_digest=metrics["test_digest"], by="gate")
     log.info("%s: %s%s", verdict.outcome, verdict.reason, "" if guarded else " (unguarded store)")
     decision = {
-        "outcome": verdict.outcome,
-        "reason": verdict.reason,
+        **verdict.to_json(),
         "metric": gate.metric,
-        "candidate": metrics["candidate"][gate.metric],
+        "candidate": metrics["candidate"].get(gate.metric),
         "champion": champion.version if champion else None,
         "guarded": guarded,
         "version": registry.version(run_id).uri if verdict.outcome != "refuse" else None,
@@ -65,93 +70,83 @@ def body(context: StageContext) -> None:
     (context.output / "decision.json").write_text(json.dumps(decision, indent=2) + "\n")
 
 
-def _comparable(champion: Champion | None, metrics: dict[str, Any]) -> dict[str, Any] | None:
-    """The champion's numbers on the candidate's split.
+def _again() -> tuple[Verdict, bool]:
+    return Verdict("promote", (Check("champion", "gain", True, "this run is the champion already"),)), True
 
-    Raises:
-        ChampionChangedError: the pointer names another version than the one that was evaluated, and that one's
-            recorded numbers are of another split.
-    """
-    if champion is None:
-        return None
-    evaluated: dict[str, Any] | None = metrics["champion"]
-    if evaluated is not None and evaluated["version"] == champion.version:
-        return evaluated
-    if champion.test_digest == metrics["test_digest"]:
-        return {"version": champion.version, **champion.metrics}
-    raise ChampionChangedError(
-        f"champion changed to {champion.version} since the evaluation", hint="run evaluate again with --force"
+
+def _decide(
+    context: StageContext, registry: Registry, champion: Champion | None, metrics: dict[str, Any]
+) -> tuple[Verdict, bool]:
+    """The gate's verdict, and whether the store guards the pointer; not asked where nothing will be written."""
+    gate = context.config.promote
+    other, comparison = comparable(champion, metrics, gate)
+    onnx = read_manifest(context.run / "export")
+    evidence = Evidence(
+        candidate=metrics["candidate"],
+        champion=other,
+        comparison=comparison,
+        parity=context.read_result("export", "parity.json"),
+        latency=context.read_result("export", "latency.json"),
+        size_bytes=onnx.files["model.onnx"].size if onnx else 0,
     )
-
-
-def _is_guarded(context: StageContext, registry: Registry, verdict: Verdict) -> bool:
-    """Whether the store honours conditional writes; without them promotion needs the config's word for it."""
+    verdict = decide(evidence, gate)
     if verdict.outcome != "promote":
-        return True
-    if registry.base.conditional_writes_work():
-        return True
-    if not context.config.promote.allow_unguarded_store:
-        raise StorageAccessError(
-            f"{registry.base.uri}: this store ignores conditional writes, so two runs could overwrite each other",
-            hint="use another store, or set promote.allow_unguarded_store: true if only one run promotes at a time",
-        )
-    return False
+        return verdict, True
+    permit = "set promote.allow_unguarded_store: true"
+    return verdict, registry.require_guard(allow_unguarded=gate.allow_unguarded_store, permit=permit)
 
 
 def _publish_version(
-    context: StageContext, registry: Registry, provenance: dict[str, Any], metrics: dict[str, Any]
+    context: StageContext,
+    registry: Registry,
+    provenance: dict[str, Any],
+    metrics: dict[str, Any],
+    verdict: Verdict,
+    *,
+    champion: bool,
 ) -> None:
-    """<root>/models/<name>/versions/<run-id>/: the model and all that speaks for it."""
+    """<root>/models/<name>/versions/<run-id>/: the model and all that speaks for it.
+
+    The version of the `champion` is never published anew: whoever reads it must always find it whole.
+    """
     target = registry.version(context.run.name)
-    inputs = manifest_digest(context.run / "export")
+    inputs = "+".join(manifest_digest(context.run / place) for place in ("evaluate", "export"))
     manifest = read_manifest(target)
     if manifest is not None and manifest.inputs == inputs:
         return
+    if manifest is not None and champion:
+        log.warning("%s is in use and stays as it was promoted; what is new belongs into a new run", target.uri)
+        return
     folder = context.work / "version"
     folder.mkdir()
-    for place, name in (("export", "model.onnx"), ("export", "parity.json"), ("train", f"checkpoints/{CHECKPOINT}")):
+    for place, name in VERSION_FILES:
         source = context.fetch_file(place, name)
         shutil.copyfile(source, folder / source.name)
-    (folder / "metrics.json").write_bytes(encode_json(metrics))
+    (folder / "config.yaml").write_bytes((context.run / "config.yaml").read_bytes())
     (folder / "provenance.json").write_bytes(encode_json(provenance))
+    card = model_card(
+        registry.name,
+        provenance=provenance,
+        metrics=metrics,
+        parity=context.read_result("export", "parity.json"),
+        latency=context.read_result("export", "latency.json"),
+        verdict=verdict,
+    )
+    (folder / "README.md").write_text(card)
     publish(folder, target, inputs=inputs)
     log.info("registered %s", target.uri)
 
 
-def _move_pointer(registry: Registry, champion: Champion | None, run_id: str, metrics: dict[str, Any]) -> None:
-    pointer = {
-        "version": run_id,
-        "metrics": metrics["candidate"],
-        "test_digest": metrics["test_digest"],
-        "promoted": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    try:
-        registry.pointer.write_if(encode_json(pointer), champion.revision if champion else None)
-    except VersionConflict as error:
-        raise ChampionChangedError(
-            "another run promoted while this one decided", hint="run promote again; evaluate first if it asks for it"
-        ) from error
-
-
-def _provenance(context: StageContext) -> dict[str, Any]:
-    """What made this model, in digests: enough to make it again, or to see why it cannot be."""
-    dataset = context.read_result("dataset", "dataset.json")
-    statuses = {info.name: (context.run / "status" / info.name).read_json() for info in _statuses(context)}
-    return {
-        "run": context.run.name,
-        "dataset": {"digest": dataset["digest"], "source": dataset["source"]},
-        "config": context.config.as_dict(),
-        "publications": {folder: manifest_digest(context.run / folder) for folder in STAGE.after},
-        "code": __version__,
-        "images": {name.removesuffix(".json"): status.get("image", "") for name, status in statuses.items()},
-        "seed": context.read_result("train", "result.json")["seed"],
-        "hardware": {name.removesuffix(".json"): status.get("hardware") for name, status in statuses.items()},
-        "decided_on": hardware.describe(),
-    }
-
-
-def _statuses(context: StageContext) -> list[Any]:
-    return [info for info in (context.run / "status").list_files() if info.name.endswith(".json")]
+def _provenance(context: StageContext, metrics: dict[str, Any], champion: Champion | None) -> dict[str, Any]:
+    return build_provenance(
+        context.run,
+        context.config,
+        dataset=context.read_result("dataset", "dataset.json"),
+        seed=context.read_result("train", "result.json")["seed"],
+        metrics=metrics,
+        champion=champion.version if champion else None,
+        folders=STAGE.after,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

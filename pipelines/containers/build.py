@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pipelines.containers.sbom import LIST_PACKAGES, cyclonedx
 from pipelines.containers.tool import Tool, ToolError, ca_bundle, unreachable
 from rfdetr_core import __version__
 from rfdetr_core.errors import UserError
+from rfdetr_core.revision import code_revision
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -95,9 +94,9 @@ def _torch(tool: Tool, base: str, out: Path) -> str:
 
 def _build(tool: Tool, target: str, name: str, base: str, out: Path) -> None:
     certificates = ca_bundle()
-    options = ["--build-arg", f"BASE_IMAGE={base}"]
+    options = ["--build-arg", f"BASE_IMAGE={base}", "--build-arg", f"REVISION={code_revision() or ''}"]
     options += ["--secret", f"id=ca,src={certificates}"] if certificates else []
-    labels = {"version": __version__, "revision": _revision(ROOT)}
+    labels = {"version": __version__, "revision": code_revision()}
     options += [f"--label=org.opencontainers.image.{key}={value}" for key, value in labels.items() if value]
     log = out / "images" / f"{target}.log"
     try:
@@ -135,13 +134,3 @@ def _write_sbom(tool: Tool, built: Built, identity: str, out: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = cyclonedx(image(built.stage), identity, tool.python(built.image, LIST_PACKAGES))
     path.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _revision(root: Path) -> str:
-    """The commit the source is of; empty outside a checkout."""
-    command = ["git", "-C", os.fspath(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -83,6 +83,8 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _belongs_here(self) -> Self:
         problems = [*self._foreign_fields(), *unbuilt_problems(self)]
+        if (wrong := self.export.shape_problem(self.model.block)) is not None:
+            problems.append(wrong)
         if problems:
             raise refusal(problems)
         return self

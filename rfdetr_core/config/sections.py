@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from rfdetr_core.config.base import Bool, Config, Float, Int, Text, Uri
-from rfdetr_core.config.problems import broken_rule
+from rfdetr_core.config.problems import Problem, as_config_error, broken_rule, not_allowed, refusal
 
 
 def _environment_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
         raise broken_rule("environment", "must be the name of an environment variable, never the secret itself")
     return value
+
+
+Unit = Annotated[Float, Field(ge=0, le=1)]
 
 
 class DatasetConfig(Config):
@@ -53,12 +56,49 @@ class ExportConfig(Config):
 
     opset: Int = Field(default=17, ge=16, le=23)
     """ONNX operator set; 16 is the first with GridSample, 23 the last that PyTorch writes."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Of weights and arithmetic in the file; inputs and outputs are float32 in both."""
     dynamic_batch: Bool = True
-    """Leave the batch size open; false fixes it to 1."""
-    tolerance: Float = Field(default=1e-3, gt=0)
-    """Largest absolute difference of logits and boxes between PyTorch and ONNX Runtime."""
-    parity_images: Int = Field(default=4, ge=1)
-    """Images that both run on to prove it."""
+    """Leave the batch size open; false fixes it to fixed_batch."""
+    fixed_batch: Int = Field(default=1, ge=1)
+    """The batch size of a file without dynamic_batch."""
+    shape: tuple[Int, Int] | None = None
+    """Height and width of the input; null: model.resolution, square. Both a multiple of patch_size x num_windows."""
+    post_processing: Bool = False
+    """Put the selection of detections into the graph: boxes in pixels, scores and labels instead of raw outputs."""
+    parity_images: Int = Field(default=32, ge=1)
+    """Test images that both run on to be compared detection by detection; AP is compared on the whole split."""
+    logits_tolerance: Float | None = Field(default=None, gt=0)
+    """Largest absolute difference of a detection's logit, PyTorch against ONNX Runtime; null: 1e-3, fp16 0.1."""
+    boxes_tolerance: Float | None = Field(default=None, gt=0)
+    """Of its box, in fractions of the image; null: 1e-4, fp16 0.01."""
+    ap_tolerance: Float | None = Field(default=None, gt=0)
+    """Of AP 50:95 on the split, on the scale of 0 to 1; null: 0.001, fp16 0.005."""
+
+    @model_validator(mode="after")
+    def _a_fixed_batch_is_not_open(self) -> Self:
+        if self.dynamic_batch and self.fixed_batch != 1:
+            rule = "goes with dynamic_batch: false; an open batch takes every size"
+            raise refusal([not_allowed("fixed_batch", self.fixed_batch, rule, 1)])
+        return self
+
+    def input_shape(self, resolution: int, block: int) -> tuple[int, int]:
+        """Height and width of the file's input, for a model of this resolution.
+
+        Raises:
+            ConfigError: a side is no multiple of `block`, patch_size x num_windows.
+        """
+        if problem := self.shape_problem(block):
+            raise as_config_error([problem])
+        return self.shape or (resolution, resolution)
+
+    def shape_problem(self, block: int) -> Problem | None:
+        """What is wrong with `shape` for a model whose sides are multiples of `block`."""
+        if self.shape is None or all(side > 0 and side % block == 0 for side in self.shape):
+            return None
+        near = [max(block, round(side / block) * block) for side in self.shape]
+        rule = f"both must be multiples of {block} (patch_size x num_windows)"
+        return not_allowed("export.shape", list(self.shape), rule, near)
 
 
 class PromoteConfig(Config):
@@ -68,8 +108,20 @@ class PromoteConfig(Config):
     """What is compared: mAP 50:95, at one IoU, recall at train.eval_max_dets, or the best macro F1."""
     min_value: Float = Field(default=0.0, ge=0, le=1)
     """The candidate's metric must reach this, champion or not."""
-    min_improvement: Float = Field(default=0.0, ge=-1, le=1)
+    min_delta: Float = Field(default=0.0, ge=-1, le=1)
     """What the candidate must have over the champion on the same test split; negative tolerates a loss."""
+    max_p_value: Float | None = Field(default=None, gt=0, lt=1)
+    """Largest p-value of the paired bootstrap (evaluate.bootstrap_samples) at which a gain counts; null: any gain."""
+    min_class_ap: dict[Text, Unit] = Field(default_factory=dict)
+    """Class name → AP 50:95 that the candidate must reach in it, champion or not; "*" stands for all others."""
+    max_class_loss: Float | None = Field(default=None, ge=0, le=1)
+    """AP 50:95 that no class may lose against the champion; null: the mean alone decides."""
+    allow_fewer_classes: Bool = False
+    """Let a candidate that does not know every class of the champion replace it."""
+    max_latency_ms: Float | None = Field(default=None, gt=0)
+    """Ceiling of ONNX Runtime's milliseconds per image at batch 1, on the CPU with all threads (latency.json)."""
+    max_size_mb: Float | None = Field(default=None, gt=0)
+    """Ceiling of the size of model.onnx, in millions of bytes."""
     allow_unguarded_store: Bool = False
     """Promote also on a store that ignores conditional writes, where two runs may overwrite each other."""
 

@@ -69,13 +69,18 @@ def resample(pixels: NDArray[np.uint8], size: tuple[int, int], view: View) -> ND
 
 def to_square(picture: Image.Image | NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Resample a whole picture, an image or an array (H, W, C), to (side, side, C) uint8; each channel by itself."""
+    return to_size(picture, side, side)
+
+
+def to_size(picture: Image.Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """The same to (height, width, C)."""
     if isinstance(picture, np.ndarray):
         bands = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(picture.shape[2])]
     elif picture.mode == "RGB":
         bands = [picture]
     else:
         bands = list(picture.split())  # of RGBA as a whole, Pillow would weight the colours by their alpha
-    resized = [np.asarray(band.resize((side, side), Image.Resampling.BILINEAR)) for band in bands]
+    resized = [np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)) for band in bands]
     return resized[0] if resized[0].ndim == 3 else np.stack(resized, axis=2)
 
 
@@ -101,9 +106,13 @@ def normalise(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 
-def preprocess(picture: Image.Image | NDArray[np.uint8], resolution: int) -> Tensor:
-    """The one pre-processing: an upright picture of C channels to the network's input (1, C, R, R)."""
-    pixels = torch.from_numpy(to_square(picture, resolution).copy())
+def preprocess(picture: Image.Image | NDArray[np.uint8], resolution: int | tuple[int, int]) -> Tensor:
+    """The one pre-processing: an upright picture of C channels to the network's input (1, C, R, R).
+
+    A `resolution` of height and width gives (1, C, height, width).
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    pixels = torch.from_numpy(to_size(picture, height, width).copy())
     return normalise(pixels.permute(2, 0, 1)[None])
 
 

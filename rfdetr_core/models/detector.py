@@ -18,6 +18,7 @@ from rfdetr_core.errors import ConfigError
 from rfdetr_core.models.boxes import refine
 from rfdetr_core.models.decoder import MLP, Decoder
 from rfdetr_core.models.deformable_attention import DeformableAttention
+from rfdetr_core.models.export_form import ExportedViT
 from rfdetr_core.models.linear import Linear, vouch_for
 from rfdetr_core.models.projector import SCALE_FACTORS, Projector
 from rfdetr_core.models.transformer import Transformer, flatten_levels
@@ -227,8 +228,9 @@ class ExportableDetector(nn.Module):
 def prepare_for_export(model: RFDETR, height: int, width: int) -> ExportableDetector:
     """A frozen copy of `model` in eval mode for inputs of height x width pixels (spec section 10).
 
-    Its positional table is already resized, so that no antialiased bicubic operator is traced; the batch size
-    stays free. Raises ConfigError when the size is not a multiple of patch_size x num_windows.
+    Its positional table is already resized, so that no antialiased bicubic operator is traced, and its encoder's
+    blocks are folded; the batch size stays free. Raises ConfigError when the size is not a multiple of
+    patch_size x num_windows.
     """
     block = model.config.block
     if height % block or width % block:
@@ -239,7 +241,9 @@ def prepare_for_export(model: RFDETR, height: int, width: int) -> ExportableDete
     table = embeddings.positions(grid).detach().clone()
     embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
     embeddings.table_grid = grid
-    return ExportableDetector(exported, (height, width)).eval()
+    slot = exported._backbone.encoder
+    slot.encoder = ExportedViT(slot.encoder, grid)  # type: ignore[assignment]
+    return ExportableDetector(exported, (height, width)).eval().requires_grad_(False)
 
 
 def _check(config: ModelConfig) -> None:

@@ -43,6 +43,7 @@ class Embeddings(KeepingModule):
         super().__init__()
         self.patch_size = patch_size
         self.num_windows = num_windows
+        self.width = width
         self.table_grid = (table_side, table_side)  # the export replaces the table, and this with it
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))  # never used; published weights hold it
@@ -66,8 +67,8 @@ class Embeddings(KeepingModule):
         n, (h, w) = self.num_windows, grid
         positions = self.positions(grid)
         patches = self.patch_embeddings(images).flatten(2).transpose(1, 2) + positions[:, 1:]  # (B, h*w, width)
-        windows = patches.reshape(-1, n, h // n, n, w // n, patches.shape[-1]).transpose(2, 3)
-        windows = windows.reshape(-1, (h // n) * (w // n), patches.shape[-1])
+        windows = patches.reshape(-1, n, h // n, n, w // n, self.width).transpose(2, 3)
+        windows = windows.reshape(-1, (h // n) * (w // n), self.width)
         prefix = self.cls_token + positions[:, :1]
         if self.num_prefix > 1:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)
@@ -274,11 +275,11 @@ class WindowedViT(nn.Module):
             else:
                 x = block(x)
             if number in self.outputs_after_blocks:
-                outputs[number] = self._to_map(x, grid)
+                outputs[number] = self.to_map(x, grid)
         return [outputs[number] for number in self.outputs_after_blocks]
 
-    def _to_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def to_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Final norm, prefix dropped, windows undone: (B*n*n, T, width) to (B, h, w, width)."""
-        n, (h, w), width = self.embeddings.num_windows, grid, x.shape[-1]
+        n, (h, w), width = self.embeddings.num_windows, grid, self.embeddings.width
         patches = self.layernorm(x[:, self.embeddings.num_prefix :])
         return patches.reshape(-1, n, n, h // n, w // n, width).transpose(2, 3).reshape(-1, h, w, width)

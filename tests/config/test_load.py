@@ -418,8 +418,8 @@ RUNS = st.fixed_dictionaries(
             },
         ),
         "train": st.fixed_dictionaries({}, optional=TRAIN),
-        "export": st.fixed_dictionaries({}, optional={"tolerance": UNIT, "opset": st.integers(16, 23)}),
-        "promote": st.fixed_dictionaries({}, optional={"min_improvement": st.floats(-1, 1)}),
+        "export": st.fixed_dictionaries({}, optional={"logits_tolerance": UNIT, "opset": st.integers(16, 23)}),
+        "promote": st.fixed_dictionaries({}, optional={"min_delta": st.floats(-1, 1)}),
         "evaluate": st.none() | st.just({}) | st.fixed_dictionaries({"sample_images": st.integers(0, 99)}),
     },
 )

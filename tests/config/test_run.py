@@ -27,10 +27,35 @@ SECTIONS = {
     "dataset": (DatasetConfig, {"uri": "s3://data/cells", "format": "auto", "reduce": True}),
     "probe": (ProbeConfig, {"price_per_hour": None}),
     "evaluate": (EvaluateConfig, {"split": "test", "sample_images": 24, "bootstrap_samples": 1000, "batch_size": None}),
-    "export": (ExportConfig, {"opset": 17, "dynamic_batch": True, "tolerance": 1e-3, "parity_images": 4}),
+    "export": (
+        ExportConfig,
+        {
+            "opset": 17,
+            "precision": "fp32",
+            "dynamic_batch": True,
+            "fixed_batch": 1,
+            "shape": None,
+            "post_processing": False,
+            "parity_images": 32,
+            "logits_tolerance": None,
+            "boxes_tolerance": None,
+            "ap_tolerance": None,
+        },
+    ),
     "promote": (
         PromoteConfig,
-        {"metric": "map", "min_value": 0.0, "min_improvement": 0.0, "allow_unguarded_store": False},
+        {
+            "metric": "map",
+            "min_value": 0.0,
+            "min_delta": 0.0,
+            "max_p_value": None,
+            "min_class_ap": {},
+            "max_class_loss": None,
+            "allow_fewer_classes": False,
+            "max_latency_ms": None,
+            "max_size_mb": None,
+            "allow_unguarded_store": False,
+        },
     ),
     "notify": (NotifyConfig, {"webhook_secret_env": None, "format": "auto"}),
 }
@@ -102,7 +127,10 @@ def test_every_field_is_explained(path: str) -> None:
         ({"evaluate": {"batch_size": 0}}, "evaluate.batch_size: 0 is not allowed: must be at least 1 (use 1)"),
         ({"export": {"opset": 11}}, "export.opset: 11 is not allowed: must be at least 16 and at most 23 (use 16)"),
         ({"export": {"opset": 99}}, "export.opset: 99 is not allowed: must be at least 16 and at most 23 (use 23)"),
-        ({"export": {"tolerance": 0}}, "export.tolerance: 0 is not allowed: must be greater than 0 (use 0.001)"),
+        (
+            {"export": {"logits_tolerance": 0}},
+            "export.logits_tolerance: 0 is not allowed: must be greater than 0 (use null)",
+        ),
         ({"export": {"parity_images": 0}}, "export.parity_images: 0 is not allowed: must be at least 1 (use 1)"),
         (
             {"promote": {"metric": "mAP50"}},
@@ -113,12 +141,26 @@ def test_every_field_is_explained(path: str) -> None:
             "promote.min_value: 50 is not allowed: must be at least 0 and at most 1 (use 1.0)",
         ),
         (
-            {"promote": {"min_improvement": -2}},
-            "promote.min_improvement: -2 is not allowed: must be at least -1 and at most 1 (use -1.0)",
+            {"promote": {"min_delta": -2}},
+            "promote.min_delta: -2 is not allowed: must be at least -1 and at most 1 (use -1.0)",
         ),
         (
             {"promote": {"allow_unguarded_store": "true"}},
             'promote.allow_unguarded_store: "true" is not allowed: must be true or false (use true)',
+        ),
+        (
+            {"promote": {"min_class_ap": {"cell": 30}}},
+            "promote.min_class_ap.cell: 30 is not allowed: must be at most 1 (use 1)",
+        ),
+        (
+            {"export": {"shape": [320, 450]}},
+            "export.shape: [320, 450] is not allowed: both must be multiples of 32 (patch_size x num_windows) "
+            "(use [320, 448])",
+        ),
+        (
+            {"export": {"fixed_batch": 4}},
+            "export.fixed_batch: 4 is not allowed: goes with dynamic_batch: false; an open batch takes every size "
+            "(use 1)",
         ),
         ({"probe": {"price_per_hour": -1}}, "probe.price_per_hour: -1 is not allowed: must be at least 0 (use 0)"),
         (

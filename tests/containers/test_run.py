@@ -86,7 +86,7 @@ def test_what_the_ui_shows_belongs_to_who_ran_it(project: Project) -> None:
 
 
 def test_a_failing_stage_fails_the_run_with_its_own_message_and_limits_are_seen(project: Project) -> None:
-    code, output = run(project.folder, "r1", "--set", "export.tolerance=1e-30", "--cpus", "1", "--memory", "3g")
+    code, output = run(project.folder, "r1", "--set", "export.logits_tolerance=1e-30", "--cpus", "1", "--memory", "3g")
     assert code == 2
     assert output.count("already done: s3://rfdetr/runs/r1/") == 4
     assert "export_onnx failed with exit code 2: model.onnx differs from the trained model" in output

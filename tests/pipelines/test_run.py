@@ -194,7 +194,7 @@ def test_a_failing_stage_ends_the_run_and_names_cause_and_remedy(project: Projec
     decision = (project.run / "promote" / "decision.json").read_bytes()
     champion = (project.root / "models" / "shapes" / "champion.json").read_bytes()
     code, output = rfdetr_pipeline(
-        project.folder, "run", "--config", "config.yaml", "--run-id", "r1", "--set", "export.tolerance=1e-30"
+        project.folder, "run", "--config", "config.yaml", "--run-id", "r1", "--set", "export.logits_tolerance=1e-30"
     )
     assert code == 2
     assert output.count("already done: s3://rfdetr/runs/r1/") == 4
@@ -203,7 +203,7 @@ def test_a_failing_stage_ends_the_run_and_names_cause_and_remedy(project: Projec
     assert "Traceback" not in output
     status = project.json("status/export_onnx.json")
     assert (status["stage"], status["exit_code"], status["error"]["class"]) == ("export_onnx", 2, "ExportError")
-    assert "export.tolerance is 1e-30" in status["error"]["hint"]
+    assert "export.logits_tolerance is 1e-30" in status["error"]["hint"]
     manifest = json.loads((project.run / "export" / MANIFEST).read_text())
     assert manifest["inputs"] != status["inputs"]  # what lies there is the earlier, whole export
     assert (project.run / "promote" / "decision.json").read_bytes() == decision
