@@ -28,23 +28,27 @@ CHECKPOINTS = "checkpoints"
 def body(context: StageContext) -> None:
     """Write checkpoints/, metrics.jsonl, metrics.csv and result.json; weights.json with pretrained weights."""
     from rfdetr_core.data.prepared import PreparedDataset
+    from rfdetr_core.training.batch_size import on_this_device
     from rfdetr_core.training.checkpoint import LATEST
     from rfdetr_core.training.identity import training_identity
     from rfdetr_core.training.loop import TrainingJob, train
+    from rfdetr_core.training.worst_case import DatasetFacts
 
     remote, local = context.target() / CHECKPOINTS, context.work / CHECKPOINTS
     dataset = PreparedDataset(context.prepared_dataset())
-    probe = context.read_result("probe", "probe.json")
     model, settings = context.detector(len(dataset.class_map)), context.config.train
+    probed = context.read_result("probe", "probe.json")
+    found = on_this_device(probed, model, settings, DatasetFacts.of(dataset.document))
     job = TrainingJob(
         model=model,
         train=settings,
         dataset=dataset,
         checkpoints=local,
         output=context.output,
-        batch_size=probe["batch_size"],
-        grad_accum_steps=probe["grad_accum_steps"],
+        batch_size=found["batch_size"],
+        grad_accum_steps=found["grad_accum_steps"],
         inputs=training_identity(model, settings, dataset_digest=dataset.digest, start=start_digest(context)),
+        predicted_peak_bytes=found["predicted_peak_bytes"],
     )
     if not fetch_checkpoints(context, remote, local, job):
         job = replace(job, start_weights=start_weights(context), resume=resumed_checkpoint(context))

@@ -33,7 +33,6 @@ NOT_BUILT: dict[str, Unbuilt] = {
     "train.accelerator": Unbuilt("TPU", works=("auto", "cpu", "gpu", "cuda", "mps")),
     "train.amp_dtype": Unbuilt("fp8", works=("auto", None, "bf16", "fp16")),
     "train.num_nodes": Unbuilt("several nodes"),
-    "probe.price_per_hour": Unbuilt("the cost estimate"),
     "notify.webhook_secret_env": Unbuilt("notification"),
 }
 """Dotted field → what is missing. The error advises the first of `works`; without it, the default."""

@@ -53,7 +53,6 @@ ASKS: dict[str, Any] = {
     "train.amp_dtype": "fp8",
     "train.devices": 2,
     "train.num_nodes": 2,
-    "probe.price_per_hour": 1.0,
     "notify.webhook_secret_env": "HOOK",
 }
 
