@@ -20,7 +20,7 @@ PRECISION = 20  # a batch larger by less than a twentieth is not worth another s
 
 @dataclass(frozen=True)
 class Attempt:
-    """A worst-case step, after which the optimizer holds its moments: its batch, its time, and the peak of memory.
+    """A worst-case step: its batch, the seconds of a micro-batch, and the peak of memory, moments included.
 
     Without a peak it ran out of memory; then `left_bytes` is what was reserved and of no use after all was freed.
     """

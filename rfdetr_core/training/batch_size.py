@@ -165,6 +165,11 @@ def _probe(model: ModelConfig, train: TrainConfig, facts: DatasetFacts, price: f
     )
 
 
+def _on_cpu(bench: Bench) -> bool:
+    """Where a larger batch is no faster, and the search would not end by itself in a time that anyone waits."""
+    return bench.engine.device.type == "cpu"
+
+
 def _ranks(train: TrainConfig) -> int:
     """Processes that will train, here or where the training runs: nothing is said if they are not here."""
     devices = train.devices
@@ -191,7 +196,7 @@ def _search(bench: Bench, train: TrainConfig, facts: DatasetFacts, ranks: int) -
     Raises:
         DeviceMemoryError: what is left of the memory does not hold the gradients of accumulation.
     """
-    on_cpu = bench.engine.device.type == "cpu"
+    on_cpu = _on_cpu(bench)
     target = train.auto_batch_target_effective
     upper = bound(images=math.ceil(facts.train_images / ranks), target=target if on_cpu else None)
     found = _until_found(bench, upper, CPU_SECONDS if on_cpu else math.inf, ranks)
@@ -221,7 +226,7 @@ def _until_found(bench: Bench, upper: Bound, seconds: float, ranks: int) -> Foun
     while True:
         left = seconds - (time.monotonic() - started)
         limit = bench.limit - bench.gradient_bytes  # there is room for accumulation
-        step = next_batch(bench.attempts, limit=limit, upper=upper, seconds_left=left)
+        step = next_batch(bench.attempts, limit=limit, upper=upper, seconds_left=left / bench.micro_batches)
         if isinstance(step, Found):
             return step
         bench.attempt(step)
@@ -248,7 +253,7 @@ def _prove(bench: Bench, wanted: int, accum: int, ranks: int) -> Mixed:
             if wanted == 1:
                 raise
         bench.clear()
-    seconds = CPU_SECONDS if bench.engine.device.type == "cpu" else math.inf
+    seconds = CPU_SECONDS if _on_cpu(bench) else math.inf
     found = _until_found(bench, Bound(wanted - 1, "given"), seconds, ranks)
     effective = wanted * accum
     divisor = next(size for size in range(found.safe, 0, -1) if effective % size == 0)

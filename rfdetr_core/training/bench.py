@@ -48,6 +48,8 @@ class Bench:
         self.engine = engine
         self._memory, self._train, self._worst = memory, train, worst
         self._model = engine.raw_model.config
+        # Blocks of a CPU's heap that freed memory leaves in between add up over two micro-batches, and hardly after.
+        self.micro_batches = 2 if engine.device.type == "cpu" else 1
         self._steps = 0
         self.attempts: list[Attempt] = []
         self.available = memory.available()
@@ -59,11 +61,13 @@ class Bench:
 
     @property
     def gradient_bytes(self) -> int:
-        """What a micro-batch leaves for those after it."""
+        """What a micro-batch leaves for those after it; 0 where attempts have two and measure it."""
+        if self.micro_batches > 1:
+            return 0
         return sum(p.numel() * p.element_size() for p in self.engine.raw_model.parameters() if p.requires_grad)
 
     def attempt(self, batch_size: int) -> Attempt:
-        """A worst-case step of this batch, in one micro-batch.
+        """A worst-case step of this batch.
 
         Before the first of all, a step of one image lets the optimizer take its moments.
         """
@@ -96,7 +100,10 @@ class Bench:
                 small = self._step(batch_size, smallest, micro_batches)
             if large < SLOW_STEP:
                 large = self._step(batch_size, largest, micro_batches)
-        return Mixed((small if smallest != largest else large, large), micro_batches, self._memory.peak())
+        peak = self._memory.peak()
+        text = "batch %d x %d, steps of all sizes: %.2f s the largest, peak %.2f GiB"
+        log.info(text, batch_size, micro_batches, large, peak / 2**30)
+        return Mixed((small if smallest != largest else large, large), micro_batches, peak)
 
     def clear(self) -> None:
         """Forget the gradients of a step that did not come to its end."""
@@ -142,14 +149,14 @@ class Bench:
         self._memory.begin()
         try:
             with self._memory.guarded():
-                seconds = self._step(batch_size, self._worst.largest)
-            return Attempt(batch_size, round(seconds, 4), self._memory.peak())
+                seconds = self._step(batch_size, self._worst.largest, self.micro_batches)
+            return Attempt(batch_size, round(seconds / self.micro_batches, 4), self._memory.peak())
         except DeviceMemoryError:
             pass  # with the error go the frames that hold the step's tensors
         self.clear()
         return Attempt(batch_size, None, None, left_bytes=self._memory.left())
 
-    def _step(self, batch_size: int, extent: tuple[int, int], micro_batches: int = 1) -> float:
+    def _step(self, batch_size: int, extent: tuple[int, int], micro_batches: int) -> float:
         """Seconds of one optimizer step that changes no weight: the learning rate is zero."""
         device = self.engine.device
         started = time.monotonic()

@@ -44,7 +44,7 @@ def run_canary(job: TrainingJob, engine: Engine, memory: DeviceMemory) -> int:
             channels=job.model.num_channels,
             padded=worst.padded,
         )
-        engine.rehearse([batch])
+        engine.rehearse(batch)
         peak = memory.peak()
     del kept
     text = "the largest batch that this dataset can give fits: %s; peak %.2f GiB"

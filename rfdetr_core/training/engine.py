@@ -120,28 +120,26 @@ class Engine:
             self.ema.update()
         return dict(zip(names, self.world.mean(terms.mean(0)).unbind(), strict=True))
 
-    def rehearse(self, window: Sequence[Batch]) -> None:
-        """Forward and backward of an optimizer step that is not taken.
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward of a batch whose gradients are dropped.
 
-        Weights, buffers, average, moments and random streams are left as they were, bit by bit, without gradients.
-        Several ranks do it together, each by itself: what DDP learns from a first step, it learns from the real one.
+        Weights, buffers, average, moments and random streams are left as they were, bit by bit. Several ranks do it
+        together, each by itself. A compiled model runs uncompiled.
 
         Raises:
-            DeviceMemoryError, or what torch raises: out of memory.
+            RuntimeError: what torch raises, out of memory above all.
         """
         streams = self.random_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.raw_model.buffers()]
         try:
-            if self.world.size == 1:
-                self._accumulate(window, None, lambda: False)
-                return
-            for batch in window:
-                pixels, targets = batch.on(self.device)
-                with self.fabric.autocast():
-                    outputs = self.raw_model(pixels, batch.mask_on(self.device))
-                self.fabric.backward(self.criterion.total(self.criterion(outputs, targets)) / len(window))
+            pixels, targets = batch.on(self.device)
+            with self.fabric.autocast():
+                outputs = self.raw_model(pixels, batch.mask_on(self.device))
+            loss = self.criterion.total(self.criterion(outputs, targets))
+            # Nothing is accumulated in a parameter: DDP, which waits for that, is not told of this backward.
+            trained = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trained, allow_unused=True)
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

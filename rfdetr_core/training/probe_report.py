@@ -89,7 +89,7 @@ def report_html(found: Mapping[str, Any]) -> str:
         )
         for one in found["attempts"]
     ]
-    header = ("batch", "peak, GiB", "seconds", "within the limit", "left behind, GiB")
+    header = ("batch", "peak, GiB", "seconds per micro-batch", "within the limit", "left behind, GiB")
     evaluation = found["evaluation"]
     evaluated = (
         f"Evaluation at batch {evaluation['batch_size']}: {evaluation['seconds']:.3f} s, "
