@@ -27,7 +27,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfdetr_core.config import EvaluateConfig, ExportConfig, ModelConfig, ModelSection, TrainConfig, refuse_unbuilt
+from rfdetr_core.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    ModelSection,
+    ProbeConfig,
+    TrainConfig,
+    refuse_unbuilt,
+)
 from rfdetr_core.config.device import MOVED_TO_TRAIN, amp_dtype, contradiction, is_device, train_settings
 from rfdetr_core.config.train import MOVED_TO_MODEL
 from rfdetr_core.config.unbuilt import refuse_other_channels
@@ -48,8 +56,9 @@ from rfdetr_core.prediction import Picture, Prediction, predict_pictures
 from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
+from rfdetr_core.training.batch_size import ProbeResult
 from rfdetr_core.training.engine import first_device
-from rfdetr_core.training.folder import Start, dataset_in_folder, job_in_folder
+from rfdetr_core.training.folder import Start, dataset_in_folder, job_in_folder, probe_in_folder
 from rfdetr_core.training.loop import TrainingResult
 from rfdetr_core.training.loop import train as train_detector
 
@@ -133,17 +142,35 @@ class RFDETR:
             TrainingError: a loss that is not finite, or out of memory.
             CheckpointError, StorageAccessError: a checkpoint cannot be read, or written.
         """
-        train = self._training({"dataset_dir": dataset_dir, "output_dir": output_dir, **settings})
-        moved = {name: getattr(train, name) for name in (*MOVED_TO_MODEL, "resolution")}
-        architecture = self._merged({name: value for name, value in moved.items() if value is not None})
-        section = self._architecture(architecture)
-        refuse_other_channels(section, "training")
+        train, architecture, section = self._training_of(dataset_dir, output_dir, settings)
         job = job_in_folder(section, train, self._start())
         _tell_lost_channel(section, job.dataset)
         result = train_detector(job)
         self._known = architecture
         self._use(checkpoint.load_trained(job.checkpoints / checkpoint.BEST_TOTAL), first_device(train))
         return result
+
+    def probe(
+        self,
+        *,
+        dataset_dir: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str] = "output",
+        price_per_hour: float | None = None,
+        **settings: Any,
+    ) -> ProbeResult:
+        """Try the training step on its worst case, without training: which batch fits, and what `train` will cost.
+
+        Arguments as of `train`, which a COCO folder is prepared for as well; `batch_size="auto"` searches the largest
+        batch, a number is proven. `price_per_hour` is that of one device, in any currency.
+
+        Raises:
+            ConfigError: an unknown field or illegal value.
+            DatasetError: the dataset cannot be trained on.
+            DeviceMemoryError: the batch does not fit; the message names the largest that does.
+        """
+        price = ProbeConfig.parse({"price_per_hour": price_per_hour}, source="probe()").price_per_hour
+        train, _, section = self._training_of(dataset_dir, output_dir, settings)
+        return probe_in_folder(section, train, price_per_hour=price)
 
     @overload
     def predict(self, images: Picture, threshold: float = ...) -> Prediction: ...  # type: ignore[overload-overlap]
@@ -244,6 +271,17 @@ class RFDETR:
         section = ModelSection.parse({**values, "variant": self.variant}, source=f"{type(self).__name__}()")
         refuse_unbuilt(section, "model")
         return section
+
+    def _training_of(
+        self, dataset_dir: Any, output_dir: Any, settings: dict[str, Any]
+    ) -> tuple[TrainConfig, dict[str, Any], ModelSection]:
+        """Settings, architecture as given, and architecture, of a call of `train` or `probe`."""
+        train = self._training({"dataset_dir": dataset_dir, "output_dir": output_dir, **settings})
+        moved = {name: getattr(train, name) for name in (*MOVED_TO_MODEL, "resolution")}
+        architecture = self._merged({name: value for name, value in moved.items() if value is not None})
+        section = self._architecture(architecture)
+        refuse_other_channels(section, "training")
+        return train, architecture, section
 
     def _training(self, values: dict[str, Any]) -> TrainConfig:
         device = values.pop("device", None)

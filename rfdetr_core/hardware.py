@@ -6,9 +6,13 @@ import ctypes
 import math
 import os
 import platform
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+TOP_PAD = 32 << 20  # bytes that the heap grows by at once where freed memory is kept
 
 
 def cpu_count() -> int:
@@ -22,23 +26,80 @@ def cpu_count() -> int:
 
 
 def memory_limit() -> int:
-    """Bytes this process's cgroup may use, at most the machine's memory."""
+    """Bytes this process's cgroup, or one around it, may use; at most the machine's memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [_read(CGROUP / "memory.max"), _read(CGROUP / "memory" / "memory.limit_in_bytes")]
-    return min([total, *(int(limit) for limit in limits if limit is not None and limit.isdigit())])
+    return min([total, *(limit for _, limit in _limits())])
+
+
+def available_memory() -> int:
+    """Bytes this process may hold, those that it holds included, as long as the others hold what they do now.
+
+    The others are those in its cgroup, and on the machine. Cached files do not count: the kernel gives them up.
+    """
+    own, held = resident_bytes(), _status_bytes("RssAnon") + _status_bytes("RssShmem")
+    unclaimed = [
+        line.split()[1] for line in (_read(Path("/proc/meminfo")) or "").splitlines() if "MemAvailable" in line
+    ]
+    there = [int(unclaimed[0]) * 1024 + own] if unclaimed else []
+    for folder, limit in _limits():
+        rows = dict(line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
+        names = ("total_rss", "total_shmem") if "total_rss" in rows else ("anon", "shmem")
+        used = sum(int(rows.get(name, 0)) for name in names)
+        there.append(limit - max(0, used - held))
+    return max(0, min([memory_limit(), *there]))
 
 
 def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
+    """Largest resident size of this process, in bytes, since it began or since `forget_peak`."""
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def forget_peak() -> bool:
+    """Let `peak_rss` begin anew; false where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except OSError:
+        return False
 
 
 def resident_bytes() -> int:
     """Resident size of this process now, in bytes; the peak where the system does not tell."""
     pages = _read(Path("/proc/self/statm"))
     return int(pages.split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages else peak_rss()
+
+
+class MemoryGuard:
+    """Makes an allocation fail that would take this process beyond a number of resident bytes.
+
+    Beyond the limit of its cgroup the kernel would end it without a word. What can be limited is the address space of
+    private data; what of it is not resident now is taken to stay so.
+    """
+
+    def __init__(self) -> None:
+        self._unused = _status_bytes("VmData") - resident_bytes()
+
+    @contextmanager
+    def at(self, limit: int) -> Iterator[None]:
+        """Inside, at most `limit` bytes are resident; more raise MemoryError, or what a library makes of it."""
+        if not _status_bytes("VmData"):  # no Linux
+            yield
+            return
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = [self._unused + limit, *(bytes_ for bytes_ in (soft, hard) if bytes_ != resource.RLIM_INFINITY)]
+        resource.setrlimit(resource.RLIMIT_DATA, (max(0, min(allowed)), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def return_freed_memory() -> None:
+    """Give the blocks that glibc keeps back to the system, once."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library
 
 
 def keep_freed_memory() -> bool:
@@ -50,7 +111,7 @@ def keep_freed_memory() -> bool:
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     try:
         libc = ctypes.CDLL(None)
-        settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 << 20))
+        settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, TOP_PAD))
         agreed = [libc.mallopt(option, value) == 1 for option, value in settings]
         return all(agreed)
     except (OSError, AttributeError):
@@ -84,6 +145,35 @@ def _cpu_quota() -> float | None:
     if quota_v1 is None or period_v1 is None or int(quota_v1) <= 0:
         return None
     return int(quota_v1) / int(period_v1)
+
+
+def _limits() -> Iterator[tuple[Path, int]]:
+    """The memory cgroups that this process is in, each with its limit in bytes, where it has one.
+
+    In a container its own cgroup is the root of what is mounted; elsewhere it is found by its path.
+    """
+    paths = {"": "/", "memory": "/"}
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths |= {name: path for name in controllers.split(",") if name in paths}
+    for base, name, path in (
+        (CGROUP, "memory.max", paths[""]),
+        (CGROUP / "memory", "memory.limit_in_bytes", paths["memory"]),
+    ):
+        own = base / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(base):
+                limit = _read(folder / name)
+                if limit is not None and limit.isdigit():
+                    yield folder, int(limit)
+
+
+def _status_bytes(name: str) -> int:
+    """A row of /proc/self/status in bytes; 0 where there is none."""
+    for line in (_read(Path("/proc/self/status")) or "").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _read(path: Path) -> str | None:

@@ -68,13 +68,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
-def image(picture: Image.Image, caption: str, *, quality: int = 80) -> str:
-    """A figure with the picture inlined as JPEG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+def image(picture: Image.Image, caption: str, *, quality: int | None = 80) -> str:
+    """A figure with the picture inlined as JPEG; without a `quality` as PNG."""
+    buffer, kind = io.BytesIO(), "png" if quality is None else "jpeg"
+    picture.save(buffer, kind, **({} if quality is None else {"quality": quality}))
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'
+        f'<figure><img alt="{escape(caption)}" src="data:image/{kind};base64,{data}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

@@ -95,3 +95,63 @@ def test_resident_memory_grows_with_what_is_held() -> None:
 def test_without_proc_the_peak_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "_read", lambda path: None)
     assert hardware.resident_bytes() == pytest.approx(hardware.peak_rss(), rel=0.01)
+
+
+def test_a_limit_around_the_own_cgroup_counts(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a systemd service has it: its own cgroup is not the root of what is mounted."""
+    read = hardware._read
+    own = "4:cpu,memory:/pod/box\n0::/pod/box"
+    monkeypatch.setattr(hardware, "_read", lambda path: own if path == Path("/proc/self/cgroup") else read(path))
+    (cgroup / "pod" / "box").mkdir(parents=True)
+    (cgroup / "pod" / "memory.max").write_text("2000000\n")
+    (cgroup / "pod" / "box" / "memory.max").write_text("max\n")
+    assert hardware.memory_limit() == 2_000_000
+    (cgroup / "memory" / "pod").mkdir(parents=True)
+    (cgroup / "memory" / "pod" / "memory.limit_in_bytes").write_text("1000000\n")
+    assert hardware.memory_limit() == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("names", "limit_file", "folder"),
+    [(("anon", "shmem"), "memory.max", ""), (("total_rss", "total_shmem"), "memory.limit_in_bytes", "memory")],
+)
+def test_what_others_in_the_cgroup_hold_is_not_available(
+    cgroup: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], limit_file: str, folder: str
+) -> None:
+    place = cgroup / folder
+    place.mkdir(exist_ok=True)
+    (place / limit_file).write_text("6000000000\n")
+    held = hardware._status_bytes("RssAnon") + hardware._status_bytes("RssShmem")
+    (place / "memory.stat").write_text(f"{names[0]} {held + 1_000_000_000}\n{names[1]} 500000000\nfile 3000000000\n")
+    monkeypatch.setattr(hardware, "memory_limit", lambda: 6_000_000_000)
+    read = hardware._read
+    monkeypatch.setattr(hardware, "_read", lambda path: "" if path == Path("/proc/meminfo") else read(path))
+    assert hardware.available_memory() == pytest.approx(4_500_000_000, abs=20_000_000)
+
+
+def test_without_a_limit_the_machine_decides(cgroup: Path) -> None:
+    assert hardware.resident_bytes() < hardware.available_memory() <= TOTAL
+
+
+def test_the_guard_refuses_what_goes_beyond_and_the_peak_can_be_forgotten() -> None:
+    """In a process of its own: freed blocks of this one would be taken again without growing."""
+    program = """
+        from rfdetr_core import hardware
+        guard, base = hardware.MemoryGuard(), hardware.resident_bytes()
+        with guard.at(base + 60_000_000):
+            held = bytearray(b"x") * 40_000_000
+            try:
+                more = bytearray(b"x") * 40_000_000
+            except MemoryError:
+                print("refused")
+        more = bytearray(b"x") * 40_000_000
+        print(hardware.peak_rss() - base)
+        del held, more
+        hardware.return_freed_memory()
+        print(hardware.forget_peak(), hardware.peak_rss() - base)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    refused, peak, forgotten, after = done.stdout.split()
+    assert refused == "refused"
+    assert 75_000_000 < int(peak) < 120_000_000
+    assert forgotten == "True" and int(after) < 10_000_000

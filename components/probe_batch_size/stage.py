@@ -18,29 +18,28 @@ STAGE = Stage(
     after=("dataset",),
 )
 
+PROBE = "probe.json"
+
 log = logging.getLogger("stage.probe_batch_size")
 
 
 def body(context: StageContext) -> None:
-    """Write probe.json."""
+    """Write probe.json, probe.png and report.html."""
     from rfdetr_core.training.batch_size import probe
+    from rfdetr_core.training.probe_report import PICTURE, REPORT, picture, report_html, summary
+    from rfdetr_core.training.worst_case import DatasetFacts
 
     hardware.keep_freed_memory()  # as train does: the probe times and measures the step that train will run
     dataset = context.read_result("dataset", "dataset.json")
-    train = dataset["splits"]["train"]
     model = context.detector(len(dataset["classes"]))
-    result = probe(model, context.config.train, images=train["images"], max_boxes=train["max_boxes_per_image"])
-    log.info(
-        "batch %d x %d (stopped by: %s), %.2f s per optimizer step at %d px on %s",
-        result.batch_size,
-        result.grad_accum_steps,
-        result.stopped_by,
-        result.seconds_per_optimizer_step,
-        result.side,
-        result.device,
-    )
-    context.facts |= {"batch_size": result.batch_size, "grad_accum_steps": result.grad_accum_steps}
-    (context.output / "probe.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    price = context.config.probe.price_per_hour
+    result = probe(model, context.config.train, DatasetFacts.of(dataset), price_per_hour=price).to_json()
+    for line in summary(result):
+        log.info("%s", line)
+    context.facts |= {"batch_size": result["batch_size"], "grad_accum_steps": result["grad_accum_steps"]}
+    (context.output / PROBE).write_text(json.dumps(result, indent=2) + "\n")
+    picture(result).save(context.output / PICTURE)
+    (context.output / REPORT).write_text(report_html(result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

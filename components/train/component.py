@@ -12,4 +12,5 @@ def train(run_uri: str, job_id: str, training: dsl.Output[dsl.Metrics]):
 
     run = launch("train", run_uri, job_id)
     for name, value in read_json(run, "train/result.json").items():
-        training.metadata[name] = value
+        if value is not None:
+            training.metadata[name] = value

@@ -44,25 +44,29 @@ def train_here(context: StageContext) -> None:
     Of several nodes the first one does.
     """
     from rfdetr_core.data.prepared import PreparedDataset
+    from rfdetr_core.training.batch_size import on_this_device
     from rfdetr_core.training.checkpoint import LATEST
     from rfdetr_core.training.identity import training_identity
     from rfdetr_core.training.loop import TrainingJob, train
     from rfdetr_core.training.nodes import this_node
+    from rfdetr_core.training.worst_case import DatasetFacts
 
     node = this_node(context.config.train.num_nodes)  # before anything is fetched
     remote, local = context.target() / CHECKPOINTS, context.work / CHECKPOINTS
     dataset = PreparedDataset(context.prepared_dataset())
-    probe = context.read_result("probe", "probe.json")
     model, settings = context.detector(len(dataset.class_map)), context.config.train
+    probed = context.read_result("probe", "probe.json")
+    found = on_this_device(probed, model, settings, DatasetFacts.of(dataset.document))
     job = TrainingJob(
         model=model,
         train=settings,
         dataset=dataset,
         checkpoints=local,
         output=context.output,
-        batch_size=probe["batch_size"],
-        grad_accum_steps=probe["grad_accum_steps"],
+        batch_size=found["batch_size"],
+        grad_accum_steps=found["grad_accum_steps"],
         inputs=training_identity(model, settings, dataset_digest=dataset.digest, start=start_digest(context)),
+        predicted_peak_bytes=found["predicted_peak_bytes"],
     )
     if not node.is_first:
         local.mkdir()  # the first one's checkpoint comes from there

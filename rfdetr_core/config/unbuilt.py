@@ -32,7 +32,6 @@ NOT_BUILT: dict[str, Unbuilt] = {
     "train.eval_masks_head_resolution": Unbuilt("masks"),
     "train.accelerator": Unbuilt("TPU", works=("auto", "cpu", "gpu", "cuda", "mps")),
     "train.amp_dtype": Unbuilt("fp8", works=("auto", None, "bf16", "fp16")),
-    "probe.price_per_hour": Unbuilt("the cost estimate"),
 }
 """Dotted field → what is missing. The error advises the first of `works`; without it, the default."""
 

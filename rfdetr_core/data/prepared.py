@@ -132,7 +132,17 @@ def split_statistics(table: AnnotationTable, class_map: ClassMap) -> dict[str, A
         "image_short_side_histogram": _histogram(
             np.minimum(table.widths, table.heights), [0, 128, 256, 384, 512, 768, 1024, 2048, 4096]
         ),
+        "extreme_images": _extreme_images(table),
     }
+
+
+def _extreme_images(table: AnnotationTable) -> dict[str, list[int]]:
+    """Width and height of the image with the largest aspect, and of the one with the smallest; empty without images."""
+    if not len(table):
+        return {}
+    aspects = table.widths / table.heights
+    chosen = {"widest": aspects.argmax(), "tallest": aspects.argmin()}
+    return {name: [int(table.widths[image]), int(table.heights[image])] for name, image in chosen.items()}
 
 
 def _histogram(values: np.ndarray[Any, Any], edges: list[int]) -> dict[str, int]:

@@ -1,7 +1,9 @@
-"""Which batch fits: found by running the real training step on its worst case (training spec section 7).
+"""Which batch fits, and what the training will cost: found by running the real step on its worst case.
 
-An integer `batch_size` is proven by one worst-case step and timed. `auto` doubles the batch until it no longer
-fits or a bound stops it, then sets accumulation for the target effective batch.
+The step is the training's own: model, loss, optimizer with its moments, average, precision, checkpointing; on the
+largest batch that the dataset can give (see `worst_case`), accumulated over two micro-batches where training
+accumulates, so that gradients are held while the next one runs. Then the evaluation of a batch. `auto` searches the
+largest batch within 95 % of the free memory (see `batch_search`); a given one is proven (training spec section 7).
 """
 
 from __future__ import annotations
@@ -10,157 +12,347 @@ import gc
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
-from rfdetr_core import hardware
 from rfdetr_core.config import ModelConfig, TrainConfig
-from rfdetr_core.data.loading import Batch
-from rfdetr_core.data.scales import configured_scales
 from rfdetr_core.errors import DeviceMemoryError
-from rfdetr_core.training.engine import Engine, build_engine, fabric_accelerator
+from rfdetr_core.training import checkpoint
+from rfdetr_core.training.batch_search import (
+    MEMORY_SHARE,
+    Attempt,
+    Bound,
+    Found,
+    StoppedBy,
+    accumulation,
+    bound,
+    choose,
+    fit,
+    next_batch,
+)
+from rfdetr_core.training.bench import Bench, EvaluationStep, Mixed, build_bench
+from rfdetr_core.training.cost import Cost, estimate
+from rfdetr_core.training.device_memory import Device, describe
+from rfdetr_core.training.engine import fabric_accelerator, first_device
+from rfdetr_core.training.smaller_model import smallest_change
+from rfdetr_core.training.worst_case import DatasetFacts, WorstCase, scale_weights, worst_case
 
 log = logging.getLogger(__name__)
 
-LARGEST_BATCH = 4096
-CPU_SECONDS = 10.0  # a CPU has no natural end of doubling: stop looking after this
-MEMORY_SHARE = 0.95  # of the free memory that a step may use
-
-StoppedBy = Literal["given", "memory", "target", "images", "limit", "time"]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One worst-case step: its batch, its time, the peak of memory, and whether it fitted."""
-
-    batch_size: int
-    seconds: float | None
-    peak_bytes: int | None
-    fits: bool
+CPU_SECONDS = 10.0  # of searching: a CPU has no natural end of doubling
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the training stage takes over, and how it was found; probe.json."""
+    """What the training takes over, how it was found, and what it will cost; probe.json."""
 
     batch_size: int
     grad_accum_steps: int
-    largest_that_fits: int
+    safe_batch_size: int  # the largest that was seen to fit, before the headroom; the given one
+    headroom: float  # what it was scaled by; 1 without EMA, and for a given batch
     stopped_by: StoppedBy
-    side: int  # px of the worst-case step
-    targets_per_image: int
-    device: str
-    memory_bytes: int  # what the device or the cgroup has
-    seconds_per_optimizer_step: float
+    worst_case: WorstCase
+    device: Device
+    precision: str
+    available_bytes: int  # that the process may hold; `limit_bytes` of them it may reach
+    limit_bytes: int
+    predicted_peak_bytes: int | None  # from the other sizes; None: there were no two
+    peak_bytes: int  # of training steps at the chosen batch
+    evaluation: EvaluationStep
     attempts: tuple[Attempt, ...]
+    cost: Cost
+    versions: dict[str, str]
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images per optimizer step and device."""
+        return self.batch_size * self.grad_accum_steps
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict, with the effective batch spelled out."""
-        return {**asdict(self), "effective_batch_size": self.batch_size * self.grad_accum_steps}
+        """Plain dict."""
+        height, width = self.worst_case.largest
+        attempts = [{**asdict(one), "fits": one.fits(self.limit_bytes)} for one in self.attempts]
+        worst = {"height": height, "width": width, "padded": self.worst_case.padded}
+        worst |= {"targets_per_image": self.worst_case.targets, "shapes_known": self.worst_case.shapes_known}
+        cost = {**asdict(self.cost), "fits": self.cost.fits}
+        return {
+            **asdict(self),
+            "effective_batch_size": self.effective_batch_size,
+            "worst_case": worst,
+            "attempts": attempts,
+            "cost": cost,
+        }
 
 
-def accumulation(batch_size: int, target: int) -> int:
-    """Micro-batches per optimizer step so that their product with the batch reaches the target."""
-    return max(1, math.ceil(target / batch_size))
-
-
-def with_headroom(batch_size: int, headroom: float, *, use_ema: bool) -> int:
-    """The seed's rule: with EMA the largest batch that fits is scaled by the headroom; never below 1."""
-    return max(1, math.floor(batch_size * headroom)) if use_ema else batch_size
-
-
-def probe(model: ModelConfig, train: TrainConfig, *, images: int, max_boxes: int) -> ProbeResult:
-    """Run worst-case steps: the largest side, and as many boxes in each image as the dataset's fullest has.
+def probe(
+    model: ModelConfig, train: TrainConfig, facts: DatasetFacts, *, price_per_hour: float | None = None
+) -> ProbeResult:
+    """Prove the given batch, or search the largest, and estimate what the training costs.
 
     Args:
-        images: how many the train split has; a larger batch has no use.
-        max_boxes: most boxes in one image; bounded by `auto_batch_max_targets_per_image`.
+        facts: of the dataset to train on; a batch of more images than it has is of no use.
+        price_per_hour: of one device.
 
     The model it builds is its own, and torch's random stream is left as it was: training after a probe draws the
     same weights as without one.
 
     Raises:
-        DeviceMemoryError: the given batch, or a batch of 1, does not fit.
+        DeviceMemoryError: the given batch does not fit, and the message names the largest that does; or not even a
+            batch of 1 does, and the hint is the smallest change that helps.
     """
     # Only the device that is used: each of the others would get a CUDA context.
     on_cuda = fabric_accelerator(train.accelerator) == "cuda"
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_cuda else []):
         torch.manual_seed(0)
-        result = _probe(model, train, images, max_boxes)
+        result = _probe(model, train, facts, price_per_hour)
+    gc.collect()
     if on_cuda:  # what a failed attempt left would fragment the memory of a training to come
-        gc.collect()
         torch.cuda.empty_cache()
     return result
 
 
-def _probe(model: ModelConfig, train: TrainConfig, images: int, max_boxes: int) -> ProbeResult:
-    scales = configured_scales(model, train)
-    side, targets = max(scales), max(1, min(max_boxes, train.auto_batch_max_targets_per_image))
-    engine = build_engine(model, train)
-    search = _Search(engine, side, targets, model.num_classes)
+def _probe(model: ModelConfig, train: TrainConfig, facts: DatasetFacts, price: float | None) -> ProbeResult:
+    worst = worst_case(model, train, facts)
+    _tell_worst_case(worst, train, facts)
+    bench = build_bench(model, train, worst)
+    if bench is None or not bench.attempt(1).fits(bench.limit):
+        del bench  # what it holds is not there for what is tried next
+        raise _nothing_fits(model, train, worst)
+    ranks = _ranks(train)
     if train.batch_size == "auto":
-        stopped_by = _double(search, train, images)
-        largest = search.largest
-        batch_size = largest
-        if stopped_by == "memory":
-            batch_size = with_headroom(largest, train.auto_batch_ema_headroom, use_ema=train.use_ema)
+        found, batch_size, mixed = _search(bench, train, facts, ranks)
         accum = accumulation(batch_size, train.auto_batch_target_effective)
+        headroom = train.auto_batch_ema_headroom if train.use_ema else 1.0
         _tell_effective(batch_size * accum, train.auto_batch_target_effective)
     else:
-        stopped_by, batch_size, accum = "given", train.batch_size, train.grad_accum_steps
-        largest = batch_size
-        search.attempt(batch_size)
-        search.attempt(batch_size)  # the first step allocates the optimizer's state; the second tells the time
+        batch_size, accum, headroom = train.batch_size, train.grad_accum_steps, 1.0
+        found, mixed = Found(batch_size, "given"), _prove(bench, batch_size, accum, ranks)
+    evaluation_batch = train.eval_batch_size or batch_size
+    evaluation = bench.evaluate(evaluation_batch, max(1, min(facts.valid_max_boxes, worst.targets)))
+    cost = estimate(
+        train,
+        facts,
+        effective_batch=batch_size * accum * ranks,
+        devices=ranks if bench.engine.device.type == "cuda" else 1,
+        step_seconds=mean_step_seconds(train, worst, batch_size, mixed) * accum / mixed.micro_batches,
+        eval_seconds_per_image=evaluation.seconds / evaluation_batch,
+        price_per_hour=price,
+    )
+    _tell_budget(cost, train)
+    line = fit(bench.attempts, without=batch_size)
+    held = bench.gradient_bytes if mixed.micro_batches > 1 else 0
     return ProbeResult(
         batch_size=batch_size,
         grad_accum_steps=accum,
-        largest_that_fits=largest,
-        stopped_by=stopped_by,
-        side=side,
-        targets_per_image=targets,
-        device=_device_name(engine.device),
-        memory_bytes=_memory(engine.device),
-        seconds_per_optimizer_step=search.seconds_per_image * batch_size * accum,
-        attempts=tuple(search.attempts),
+        safe_batch_size=found.safe,
+        headroom=headroom,
+        stopped_by=found.stopped_by,
+        worst_case=worst,
+        device=describe(bench.engine.device),
+        precision=bench.engine.precision,
+        available_bytes=bench.available,
+        limit_bytes=bench.limit,
+        predicted_peak_bytes=None if line is None else line.peak(batch_size) + held,
+        peak_bytes=mixed.peak_bytes,
+        evaluation=evaluation,
+        attempts=tuple(bench.attempts),
+        cost=cost,
+        versions=checkpoint.versions(),
     )
 
 
-def _double(search: _Search, train: TrainConfig, images: int) -> StoppedBy:
-    """1, 1, 2, 4, ... until memory or a bound says stop; returns which. The first step warms up."""
-    started = time.monotonic()
-    on_cpu = _on_cpu(search.engine.device)
-    try:
-        search.attempt(1)
-        search.attempt(1)
-    except DeviceMemoryError as error:
-        raise DeviceMemoryError(
-            error.message, hint="lower model.resolution, or set model.gradient_checkpointing: true"
-        ) from error
-    batch_size = 1
+def _on_cpu(bench: Bench) -> bool:
+    """Where a larger batch is no faster, and the search would not end by itself in a time that anyone waits."""
+    return bench.engine.device.type == "cpu"
+
+
+def _ranks(train: TrainConfig) -> int:
+    """Processes that will train, here or where the training runs: nothing is said if they are not here."""
+    devices = train.devices
+    if isinstance(devices, int):
+        count = devices
+    elif devices == "auto":
+        count = max(1, torch.cuda.device_count()) if fabric_accelerator(train.accelerator) == "cuda" else 1
+    else:
+        count = len(devices.removesuffix(",").split(","))
+    return count * train.num_nodes
+
+
+def _micro_batches(accum: int, ranks: int) -> int:
+    """Micro-batches of a probed step: two stand for any number, as the first leaves its gradients.
+
+    With several ranks gradients lie in buckets that are always there: as if a micro-batch had gone before.
+    """
+    return 2 if accum > 1 or ranks > 1 else 1
+
+
+def _search(bench: Bench, train: TrainConfig, facts: DatasetFacts, ranks: int) -> tuple[Found, int, Mixed]:
+    """Try batches until memory or a bound says stop; then prove the chosen one. A batch of 1 has been tried.
+
+    Raises:
+        DeviceMemoryError: what is left of the memory does not hold the gradients of accumulation.
+    """
+    on_cpu = _on_cpu(bench)
+    target = train.auto_batch_target_effective
+    upper = bound(images=math.ceil(facts.train_images / ranks), target=target if on_cpu else None)
+    found = _until_found(bench, upper, CPU_SECONDS if on_cpu else math.inf, ranks)
+    batch_size = choose(
+        bench.attempts,
+        found,
+        limit=bench.limit - bench.gradient_bytes,
+        headroom=train.auto_batch_ema_headroom,
+        use_ema=train.use_ema,
+    )
     while True:
-        doubled = 2 * batch_size
-        if on_cpu and search.predicted_peak(doubled) > MEMORY_SHARE * hardware.memory_limit():
-            return "memory"
-        if on_cpu and batch_size >= train.auto_batch_target_effective:
-            return "target"
-        if doubled > images:
-            return "images"
-        if doubled > LARGEST_BATCH:
-            return "limit"
-        if on_cpu and time.monotonic() - started > CPU_SECONDS:
-            return "time"
         try:
-            search.attempt(doubled)
+            mixed = bench.mixed(batch_size, _micro_batches(accumulation(batch_size, target), ranks))
+            if mixed.peak_bytes <= bench.limit or batch_size == 1:
+                return found, batch_size, mixed
         except DeviceMemoryError:
-            return "memory"
-        batch_size = doubled
+            if batch_size == 1:
+                raise
+        bench.clear()
+        log.info("batch %d does not hold where steps of all sizes follow each other", batch_size)
+        batch_size = math.floor(0.9 * batch_size)
+        found = Found(min(found.safe, batch_size), "memory")
 
 
-def _on_cpu(device: torch.device) -> bool:
-    """Where memory is shared with everything else and a failure ends the process: look ahead instead of trying."""
-    return device.type == "cpu"
+def _until_found(bench: Bench, upper: Bound, seconds: float, ranks: int) -> Found:
+    started = time.monotonic()
+    while True:
+        left = seconds - (time.monotonic() - started)
+        limit = bench.limit - bench.gradient_bytes  # there is room for accumulation
+        step = next_batch(bench.attempts, limit=limit, upper=upper, seconds_left=left / bench.micro_batches)
+        if isinstance(step, Found):
+            return step
+        bench.attempt(step)
+
+
+def _prove(bench: Bench, wanted: int, accum: int, ranks: int) -> Mixed:
+    """Worst-case steps of the given batch, unless two small ones tell that they are in vain.
+
+    Raises:
+        DeviceMemoryError: it does not fit; the message names the largest that does.
+    """
+    for batch_size in sorted({2, wanted} - {1}):
+        line = fit(bench.attempts)
+        if line is None or line.peak(batch_size) <= 1.1 * bench.available:
+            bench.attempt(batch_size)
+    if bench.attempts[-1].batch_size == wanted and bench.attempts[-1].peak_bytes is not None:
+        try:
+            mixed = bench.mixed(wanted, _micro_batches(accum, ranks))
+            if mixed.peak_bytes > bench.limit:
+                share = 100 * mixed.peak_bytes / bench.available
+                log.warning("batch %d fits, and takes %.0f %% of the memory there is", wanted, share)
+            return mixed
+        except DeviceMemoryError:
+            if wanted == 1:
+                raise
+        bench.clear()
+    seconds = CPU_SECONDS if _on_cpu(bench) else math.inf
+    found = _until_found(bench, Bound(wanted - 1, "given"), seconds, ranks)
+    effective = wanted * accum
+    divisor = next(size for size in range(found.safe, 0, -1) if effective % size == 0)
+    raise DeviceMemoryError(
+        f"train.batch_size: {wanted} does not fit on {describe(bench.engine.device).name}: the largest that does is "
+        f"{found.safe}, within {bench.limit / GIB:.2f} of {bench.available / GIB:.2f} GiB",
+        hint=f"use train.batch_size: {divisor} with train.grad_accum_steps: {effective // divisor}, the same effective "
+        f"batch of {effective}; or batch_size: auto",
+    )
+
+
+def _nothing_fits(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> DeviceMemoryError:
+    """The error when a step of one image does not fit, with the smallest change that was seen to help."""
+    gc.collect()
+    available = 0
+
+    def fits(other: ModelConfig) -> bool:
+        nonlocal available
+        facts = DatasetFacts(1, 0, 0, worst.targets, 0, None, None)
+        small = build_bench(other, train, worst_case(other, train, facts))
+        if small is None:
+            return False
+        available = small.available
+        return small.attempt(1).fits(small.limit)
+
+    hint = smallest_change(model, fits)
+    height, width = worst.largest
+    return DeviceMemoryError(
+        f"a training step does not fit on {describe(first_device(train)).name} even with batch size 1, of "
+        f"{height} x {width} px and {worst.targets} boxes"
+        + (f"; there are {available / GIB:.2f} GiB" if available else ""),
+        hint=hint,
+    )
+
+
+def mean_step_seconds(train: TrainConfig, worst: WorstCase, batch_size: int, mixed: Mixed) -> float:
+    """Seconds of such a step, averaged over the scales that training draws; between them time grows with the area."""
+    areas = [height * width for height, width in worst.extents]
+    weights = scale_weights(len(areas), per_sample=train.multi_scale == "per-sample", batch_size=batch_size)
+    mean_area = sum(weight * area for weight, area in zip(weights, areas, strict=True))
+    share = (mean_area - areas[0]) / (areas[-1] - areas[0]) if areas[-1] > areas[0] else 1.0
+    small, large = mixed.seconds
+    return small + share * (large - small)
+
+
+def another_device(found: Mapping[str, Any], here: Device) -> str:
+    """Why the result of a probe (probe.json) says nothing of this device; "" if it does."""
+    there = Device(**found["device"])
+    if (there.kind, there.name) != (here.kind, here.name):
+        return f"it ran on {there.name}, and this is {here.name}"
+    if found["peak_bytes"] > MEMORY_SHARE * here.memory_bytes:
+        peak, memory = found["peak_bytes"] / GIB, here.memory_bytes / GIB
+        return f"it measured a peak of {peak:.2f} GiB, and there are {memory:.2f} GiB here"
+    return ""
+
+
+def on_this_device(
+    found: dict[str, Any], model: ModelConfig, train: TrainConfig, facts: DatasetFacts
+) -> dict[str, Any]:
+    """The result of a probe (probe.json); of a new one where it was made on another device.
+
+    A batch that was searched is kept as long as it fits here, so that a training that continues takes the same steps.
+
+    Raises:
+        DeviceMemoryError: as `probe`.
+    """
+    reason = another_device(found, describe(first_device(train)))
+    if not reason:
+        return found
+    log.warning("the batch size is probed again: %s", reason)
+    kept = {"batch_size": found["batch_size"], "grad_accum_steps": found["grad_accum_steps"]}
+    try:
+        return probe(model, train.model_copy(update=kept), facts).to_json()
+    except DeviceMemoryError as error:
+        if train.batch_size != "auto":
+            raise
+        log.warning("%s", error.message)
+    result = probe(model, train, facts)
+    effective = found["batch_size"] * found["grad_accum_steps"]
+    batch_size = next(size for size in range(result.batch_size, 0, -1) if effective % size == 0)
+    kept = {"batch_size": batch_size, "grad_accum_steps": effective // batch_size}
+    log.warning("batch %d x %d instead, the same effective batch", batch_size, effective // batch_size)
+    return replace(result, **kept).to_json()
+
+
+def _tell_worst_case(worst: WorstCase, train: TrainConfig, facts: DatasetFacts) -> None:
+    if facts.max_boxes > worst.targets:
+        log.warning(
+            "an image has %d boxes, and train.auto_batch_max_targets_per_image lets the probe try %d: raise it, or "
+            "training may run out of memory on that image",
+            facts.max_boxes,
+            worst.targets,
+        )
+    if not worst.shapes_known:
+        log.warning(
+            "the dataset was prepared before the shapes of its images were recorded: the probe takes the most that "
+            "train.square_resize_div_64: false can give, %d x %d px",
+            *worst.largest,
+        )
 
 
 def _tell_effective(effective: int, target: int) -> None:
@@ -174,71 +366,13 @@ def _tell_effective(effective: int, target: int) -> None:
         )
 
 
-class _Search:
-    """Runs worst-case steps on one engine and remembers them."""
-
-    def __init__(self, engine: Engine, side: int, targets: int, num_classes: int) -> None:
-        self.engine, self._side, self._targets, self._classes = engine, side, targets, num_classes
-        self.attempts: list[Attempt] = []
-        self._baseline = hardware.resident_bytes()
-
-    @property
-    def largest(self) -> int:
-        """The largest batch that fitted."""
-        return max(attempt.batch_size for attempt in self.attempts if attempt.fits)
-
-    @property
-    def seconds_per_image(self) -> float:
-        """Of the last step that fitted."""
-        last = [a for a in self.attempts if a.fits][-1]
-        return (last.seconds or 0.0) / last.batch_size
-
-    def predicted_peak(self, batch_size: int) -> float:
-        """Bytes a CPU step of this batch will reach: what a step adds grows with its batch."""
-        last = self.attempts[-1]
-        return self._baseline + ((last.peak_bytes or 0) - self._baseline) * batch_size / last.batch_size
-
-    def attempt(self, batch_size: int) -> None:
-        """One optimizer step of this batch; raises DeviceMemoryError if it does not fit."""
-        device = self.engine.device
-        channels = self.engine.raw_model.config.num_channels
-        batch = worst_case_batch(batch_size, self._side, self._targets, self._classes, channels)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        started = time.monotonic()
-        try:
-            self.engine.optimizer_step([batch], factor=1.0, global_step=len(self.attempts))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except DeviceMemoryError:
-            self.attempts.append(Attempt(batch_size, None, None, fits=False))
-            log.info("batch %d at %d px does not fit", batch_size, self._side)
-            raise
-        seconds = time.monotonic() - started
-        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else hardware.peak_rss()
-        self.attempts.append(Attempt(batch_size, round(seconds, 4), peak, fits=True))
-        log.info("batch %d at %d px: %.2f s, peak %.2f GB", batch_size, self._side, seconds, peak / 1e9)
-
-
-def worst_case_batch(batch_size: int, side: int, targets: int, num_classes: int, channels: int = 3) -> Batch:
-    """Random pixels and `targets` random boxes in each image: every assignment problem has its full size."""
-    generator = torch.Generator().manual_seed(batch_size)
-    centres = torch.rand((batch_size * targets, 2), generator=generator) * 0.8 + 0.1
-    extents = torch.rand((batch_size * targets, 2), generator=generator) * 0.15 + 0.05
-    return Batch(
-        pixels=torch.randint(0, 256, (batch_size, channels, side, side), dtype=torch.uint8, generator=generator),
-        boxes=torch.cat([centres, extents], dim=1),
-        labels=torch.randint(0, num_classes, (batch_size * targets,), generator=generator),
-        counts=(targets,) * batch_size,
-        images=tuple(range(batch_size)),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return hardware.memory_limit()
+def _tell_budget(cost: Cost, train: TrainConfig) -> None:
+    if not cost.fits:
+        log.warning(
+            "train.max_hours: %g will not do for %d epochs, which take about %.2g h: training will end after about %d "
+            "of them, with the best model so far",
+            train.max_hours or 0.0,
+            train.epochs,
+            cost.hours,
+            cost.epochs_within_max_hours or 0,
+        )

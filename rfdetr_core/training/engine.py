@@ -120,6 +120,31 @@ class Engine:
             self.ema.update()
         return dict(zip(names, self.world.mean(terms.mean(0)).unbind(), strict=True))
 
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward of a batch whose gradients are dropped.
+
+        Weights, buffers, average, moments and random streams are left as they were, bit by bit. Several ranks do it
+        together, each by itself. A compiled model runs uncompiled.
+
+        Raises:
+            RuntimeError: what torch raises, out of memory above all.
+        """
+        streams = self.random_state()
+        buffers = [(buffer, buffer.clone()) for buffer in self.raw_model.buffers()]
+        try:
+            pixels, targets = batch.on(self.device)
+            with self.fabric.autocast():
+                outputs = self.raw_model(pixels, batch.mask_on(self.device))
+            loss = self.criterion.total(self.criterion(outputs, targets))
+            # Nothing is accumulated in a parameter: DDP, which waits for that, is not told of this backward.
+            trained = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trained, allow_unused=True)
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            self.set_random_state(streams)
+
     def random_state(self) -> dict[str, Tensor]:
         """The random streams of torch that a step reads."""
         state = {"torch": torch.get_rng_state()}

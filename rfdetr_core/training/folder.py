@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
 from rfdetr_core.data.annotations import ClassMap
@@ -32,9 +33,12 @@ from rfdetr_core.models.weight_file import WeightFile
 from rfdetr_core.pretrained import fetch_weights
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint
-from rfdetr_core.training.batch_size import probe
+from rfdetr_core.training.batch_size import ProbeResult, on_this_device, probe
 from rfdetr_core.training.identity import differences, training_identity
 from rfdetr_core.training.loop import TrainingJob
+from rfdetr_core.training.worst_case import DatasetFacts
+
+PROBE = "probe.json"
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +75,33 @@ def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None
     resume = None if train.resume is None else partial(fetch_weights, train.resume)
     if train.resume is None or Path(train.resume).expanduser().resolve().parent != output:
         _refuse_another_training(output, inputs, model, train, dataset.digest)
-    batch_size, grad_accum_steps = _batch(model, train, dataset, inputs, output / "probe.json")
-    weights = None if start is None else start.weights
-    return TrainingJob(model, train, dataset, output, output, batch_size, grad_accum_steps, inputs, weights, resume)
+    batch_size, grad_accum_steps, predicted = _batch(model, train, dataset, inputs, output / PROBE)
+    return TrainingJob(
+        model=model,
+        train=train,
+        dataset=dataset,
+        checkpoints=output,
+        output=output,
+        batch_size=batch_size,
+        grad_accum_steps=grad_accum_steps,
+        inputs=inputs,
+        start_weights=None if start is None else start.weights,
+        resume=resume,
+        predicted_peak_bytes=predicted,
+    )
+
+
+def probe_in_folder(section: ModelSection, train: TrainConfig, *, price_per_hour: float | None) -> ProbeResult:
+    """Validate and prepare `train.dataset_dir` as `job_in_folder` does, and probe; nothing of it is taken over.
+
+    Raises:
+        DatasetError: the dataset cannot be trained on.
+        DeviceMemoryError: the given batch, or a batch of one image, does not fit.
+    """
+    options = PrepareOptions(train_short_side=largest_useful_short_side(section, train))
+    dataset = _prepared_dataset(Path(str(train.dataset_dir)), Path(train.output_dir), options, train.dataset_file)
+    model = section.for_dataset(len(dataset.class_map))
+    return probe(model, train, DatasetFacts.of(dataset.document), price_per_hour=price_per_hour)
 
 
 def dataset_in_folder(source: Path, folder: Path, split: str) -> PreparedDataset:
@@ -140,15 +168,23 @@ def _refuse_another_training(output: Path, inputs: str, model: ModelConfig, trai
 
 def _batch(
     model: ModelConfig, train: TrainConfig, dataset: PreparedDataset, inputs: str, found: Path
-) -> tuple[int, int]:
-    """Images per micro-batch, and micro-batches per optimizer step; a search is made once and kept in `found`."""
+) -> tuple[int, int, int | None]:
+    """Images per micro-batch, micro-batches per optimizer step, and the peak in bytes that was predicted for them.
+
+    A search is made once and kept in `found`; again on another device. A given batch is proven when training begins.
+    """
     if train.batch_size != "auto":
-        return train.batch_size, train.grad_accum_steps
+        return train.batch_size, train.grad_accum_steps, None
+    facts = DatasetFacts.of(dataset.document)
     document = json.loads(found.read_bytes()) if found.exists() else {}
-    if document.get("inputs") != inputs:
-        images = int(dataset.document["splits"]["train"]["images"])
-        result = probe(model, train, images=images, max_boxes=dataset.max_boxes_per_image)
-        document = {"inputs": inputs, **result.to_json()}
-        with local_errors("write", found):
-            found.write_text(json.dumps(document, indent=2) + "\n")
-    return int(document["batch_size"]), int(document["grad_accum_steps"])
+    if document.get("inputs") == inputs:
+        result = on_this_device(document, model, train, facts)
+    else:
+        result = probe(model, train, facts).to_json()
+    _write_probe(result | {"inputs": inputs}, found)
+    return int(result["batch_size"]), int(result["grad_accum_steps"]), result["predicted_peak_bytes"]
+
+
+def _write_probe(document: dict[str, Any], path: Path) -> None:
+    with local_errors("write", path):
+        path.write_text(json.dumps(document, indent=2) + "\n")

@@ -100,6 +100,7 @@ def _describe(job: TrainingJob, folder: Path) -> None:
         "grad_accum_steps": job.grad_accum_steps,
         "inputs": job.inputs,
         "resume": None if resume is None else str(resume.absolute()),
+        "predicted_peak_bytes": job.predicted_peak_bytes,
     }
     (folder / JOB).write_text(json.dumps(document, indent=2) + "\n")
 
@@ -121,6 +122,7 @@ def read_job(folder: Path) -> TrainingJob:
         inputs=document["inputs"],
         start_weights=(lambda: _read_weights(weights)) if weights.exists() else None,
         resume=None if resume is None else lambda: Path(resume),
+        predicted_peak_bytes=document["predicted_peak_bytes"],
     )
 
 

@@ -20,8 +20,10 @@ from rfdetr_core.evaluation.metrics import CocoMetrics
 from rfdetr_core.storage.local import local_errors
 from rfdetr_core.training import checkpoint, metrics_log
 from rfdetr_core.training.batches import build_loaders, count_skipped, split_loader, windows, write_previews
+from rfdetr_core.training.canary import run_canary
 from rfdetr_core.training.checkpoint import BEST_TOTAL, LATEST, Source, periodic_name
 from rfdetr_core.training.clock import Clock
+from rfdetr_core.training.device_memory import memory_of
 from rfdetr_core.training.distributed import ALONE, ShareOfEpoch, World, chosen_devices
 from rfdetr_core.training.early_stopping import EarlyStopping, monitored_value
 from rfdetr_core.training.engine import Engine, build_engine, fabric_accelerator
@@ -150,6 +152,10 @@ def train(
     )
     total_steps = config.epochs * sampler.steps_per_epoch
     announce(job, engine, len(train_split), sampler, scales, position)
+    memory = memory_of(engine.device)
+    if position.epoch < config.epochs and not position.stopped_early:
+        run_canary(job, engine, memory)
+    memory.begin()
     if not position.global_step and world.is_main:
         write_previews(job, sampler, loader, valid_loader)
     clock, budget = Clock(position.seconds), 3600.0 * (config.max_hours or math.inf)
@@ -222,7 +228,7 @@ def train(
                     validation = validate(
                         job,
                         engine,
-                        models_to_evaluate(job, engine),
+                        models_to_evaluate(config, engine),
                         valid_split,
                         valid_loader,
                         compute_loss=config.compute_val_loss is True,
@@ -272,7 +278,7 @@ def train(
             validation = validate(
                 job,
                 engine,
-                models_to_evaluate(job, engine),
+                models_to_evaluate(config, engine),
                 valid_split,
                 valid_loader,
                 compute_loss=False,
@@ -309,6 +315,8 @@ def train(
         skipped=tuple(str(train_split.table.file_names[image]) for image in position.skipped),
         images_per_second=progress.images_per_second,
         seconds=time.monotonic() - started,
+        peak_memory_bytes=max(int(peak) for peak in world.texts(str(memory.peak()))),
+        predicted_peak_bytes=job.predicted_peak_bytes,
     )
 
 

@@ -49,6 +49,7 @@ class TrainingJob:
     inputs: str
     start_weights: Callable[[], WeightFile] | None = None
     resume: Callable[[], Path] | None = None
+    predicted_peak_bytes: int | None = None  # of a worst-case step, by the probe
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class TrainingResult:
     skipped: tuple[str, ...]  # unreadable training images that were left out
     images_per_second: float  # of this process and the ranks beside it, evaluation and checkpoints included
     seconds: float  # of this process
+    peak_memory_bytes: int  # most memory that a device held; on a CPU, that a process did
+    predicted_peak_bytes: int | None  # by the probe, for training steps; None without one
 
 
 @dataclass

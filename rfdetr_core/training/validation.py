@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from rfdetr_core.config import TrainConfig
+from rfdetr_core.data.annotations import AnnotationTable
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.data.prepared import PreparedSplit
 from rfdetr_core.evaluation.detections import Detections
@@ -56,10 +58,10 @@ def metric_columns(metrics: CocoMetrics, prefix: str, *, per_class: bool) -> dic
     return row
 
 
-def models_to_evaluate(job: TrainingJob, engine: Engine) -> dict[Source, nn.Module]:
+def models_to_evaluate(train: TrainConfig, engine: Engine) -> dict[Source, nn.Module]:
     """The EMA's weights if there are any; the raw ones if asked for, or alone."""
     models: dict[Source, nn.Module] = {}
-    if engine.ema is None or job.train.eval_base_model:
+    if engine.ema is None or train.eval_base_model:
         models["regular"] = engine.raw_model
     if engine.ema is not None:
         models["ema"] = engine.ema.module
@@ -94,7 +96,15 @@ def validate(
     stopped = False
     with constant_weights(*models.values()):
         for batch in loader:
-            found, losses = _batch(job, engine, models, split, batch, compute_loss)
+            found, losses = evaluate_batch(
+                engine,
+                models,
+                split.table,
+                batch,
+                num_select=job.model.num_select,
+                num_classes=len(job.dataset.class_map),
+                compute_loss=compute_loss,
+            )
             for source, of_batch in found.items():
                 parts[source].append(of_batch)
             for name, value in losses.items():
@@ -124,15 +134,25 @@ def validate(
 
 
 @torch.inference_mode()
-def _batch(
-    job: TrainingJob,
+def evaluate_batch(
     engine: Engine,
     models: Mapping[Source, nn.Module],
-    split: PreparedSplit,
+    table: AnnotationTable,
     batch: Batch,
+    *,
+    num_select: int,
+    num_classes: int,
     compute_loss: bool,
 ) -> tuple[dict[Source, Detections], dict[str, Tensor]]:
-    """Detections by every model, and the loss terms of the first."""
+    """Detections by every model, and the loss terms of the first.
+
+    Args:
+        table: the split, at whose rows `batch.images` stand.
+        num_classes: of the dataset; detections of further columns of the head are dropped.
+
+    Raises:
+        DeviceMemoryError: out of memory.
+    """
     found: dict[Source, Detections] = {}
     losses: dict[str, Tensor] = {}
     device, autocast = engine.device, engine.autocast
@@ -148,11 +168,5 @@ def _batch(
             if first:
                 terms = engine.criterion(outputs, targets)
                 losses = {"loss": engine.criterion.total(terms), **terms}
-            found[source] = detections_of(
-                outputs,
-                batch.images,
-                split.table,
-                num_select=job.model.num_select,
-                num_classes=len(job.dataset.class_map),
-            )
+            found[source] = detections_of(outputs, batch.images, table, num_select=num_select, num_classes=num_classes)
     return found, losses

@@ -52,7 +52,6 @@ ASKS: dict[str, Any] = {
     "train.accelerator": "tpu",
     "train.amp_dtype": "fp8",
     "train.devices": 2,
-    "probe.price_per_hour": 1.0,
     "notify.webhook_secret_env": "HOOK",
 }
 

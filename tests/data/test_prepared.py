@@ -347,6 +347,7 @@ def test_statistics_are_counted() -> None:
         "images_without_boxes": 1,
         "max_boxes_per_image": 3,
         "boxes_per_class": {"x": 2, "y": 0, "z": 2},
+        "extreme_images": {"widest": [640, 480], "tallest": [127, 300]},
     }
     filled = {k: v for k, v in statistics["box_side_histogram"].items() if v}
     assert filled == {"0-8": 1, "8-16": 1, "96-128": 1, "512+": 1}  # a side of 8 is in 8-16: sqrt(4 x 16)
