@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.data.prepared import PreparedDataset
@@ -16,7 +17,7 @@ from tests.training import tiny
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+def stepped(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """Every batch that a training steps on."""
     seen: list[Batch] = []
     step = Engine.optimizer_step
@@ -26,6 +27,19 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
         return step(self, window, **words)
 
     monkeypatch.setattr(Engine, "optimizer_step", watched)
+    return seen
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every batch that a training would step on: the step itself is left out."""
+    seen: list[Batch] = []
+
+    def noted(self: Engine, window: Any, **_: Any) -> Any:
+        seen.extend(window)
+        return {"loss": torch.tensor(1.0)}
+
+    monkeypatch.setattr(Engine, "optimizer_step", noted)
     return seen
 
 
@@ -83,18 +97,18 @@ def test_the_sides_are_those_asked_for(dataset: PreparedDataset, tmp_path: Path,
 
 @pytest.mark.parameter("multi_scale")
 def test_per_sample_batches_are_padded_and_trained_on(
-    dataset: PreparedDataset, tmp_path: Path, batches: list[Batch]
+    dataset: PreparedDataset, tmp_path: Path, stepped: list[Batch]
 ) -> None:
     result = train(tiny.job(dataset, tmp_path, epochs=1, multi_scale="per-sample"))
     assert result.optimizer_steps == 5
-    assert any(batch.mask is not None and len(set(batch.sizes or ())) == 2 for batch in batches)
+    assert any(batch.mask is not None and len(set(batch.sizes or ())) == 2 for batch in stepped)
 
 
 @pytest.mark.parameter("square_resize_div_64")
-def test_without_squares_the_aspect_stays(tmp_path: Path, batches: list[Batch]) -> None:
+def test_without_squares_the_aspect_stays(tmp_path: Path, stepped: list[Batch]) -> None:
     wide = prepared(grid_dataset(tmp_path / "source", 10, width=90, height=48), tmp_path / "prepared")
     for square, expected in ((True, (32, 32)), (False, (32, 64))):
-        batches.clear()
+        stepped.clear()
         train(tiny.job(wide, tmp_path / str(square), epochs=1, square_resize_div_64=square, scale_jitter=False))
-        assert sides(batches) == {expected}
-        assert {batch.sizes for batch in batches} == {None if square else ((32, 60),) * 2}
+        assert sides(stepped) == {expected}
+        assert {batch.sizes for batch in stepped} == {None if square else ((32, 60),) * 2}
