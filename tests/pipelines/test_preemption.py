@@ -97,11 +97,11 @@ class Preemption(logging.Handler):
 
     def of_training(self, folder: Path, run: str) -> tuple[str, float]:
         """All that the train stage logged, and the seconds from the signal to its end."""
-        logging.getLogger("rfdetr_core").addHandler(self)
+        logging.getLogger().addHandler(self)
         try:
             assert train.main(["--run-uri", str(folder / "store" / "runs" / run)]) == 143
         finally:
-            logging.getLogger("rfdetr_core").removeHandler(self)
+            logging.getLogger().removeHandler(self)
         assert self.asked
         return "\n".join(self.lines) + "\n", time.monotonic() - self.asked
 
