@@ -234,26 +234,51 @@ class TestAgainstOneProcess:
         self.compare(tiny.prepare(source, tmp_path / "prepared"), tmp_path, accum=1, eval_interval=2)
 
 
+@pytest.fixture
+def one_unreadable(uneven: PreparedDataset, tmp_path: Path) -> tuple[PreparedDataset, str]:
+    """The dataset with classes of other names (train.class_names), and the name of the image that cannot be read."""
+    dataset, (name,) = tiny.damaged(uneven, tmp_path / "damaged", 7)
+    dataset.class_map = named(dataset.class_map, [f"my {name}" for name in dataset.class_map.names])
+    return dataset, name
+
+
 @pytest.mark.slow
-@pytest.mark.parameter("devices", "resume")
-def test_stopped_and_continued_is_as_if_never_stopped(uneven: PreparedDataset, pair: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parameter("devices", "resume", "skip_corrupt")
+def test_stopped_and_continued_is_as_if_never_stopped(
+    one_unreadable: tuple[PreparedDataset, str], pair: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for what all ranks have counted: images that are left out, where it is allowed."""
+    dataset, unreadable = one_unreadable
     settings: dict[str, Any] = {
-        "batch": 1, "accum": 2, "devices": RANKS, "drop_path": 0.3, "epochs": 3, "checkpoint_interval": 1
-    }  # fmt: skip
-    pair.train(tiny.job(uneven, tmp_path / "whole", **settings))
+        "batch": 1,
+        "accum": 2,
+        "devices": RANKS,
+        "drop_path": 0.3,
+        "epochs": 3,
+        "checkpoint_interval": 1,
+        "skip_corrupt": 1,
+    }
+    pair.train(tiny.job(dataset, tmp_path / "whole", **settings))
     published: list[str] = []
-    job = tiny.job(uneven, tmp_path / "pieces", **settings)
+    job = tiny.job(dataset, tmp_path / "pieces", **settings)
+    caplog.set_level(logging.INFO)
     with pytest.raises(Terminated, match=r"^stopped on request after optimizer step \d+ "):
         train(job, publish=lambda path: published.append(path.name), stop_requested=lambda: bool(published))
     assert published[-1] == checkpoint.LATEST
     assert 0 < checkpoint.load(job.checkpoints / checkpoint.LATEST)["position"]["global_step"] < 15
     result = train(job)
-    assert result.optimizer_steps == 15
+    assert (result.optimizer_steps, result.skipped) == (15, (unreadable,))
     assert not list(job.checkpoints.glob(".ranks"))
     for name in ("checkpoint.pth", "checkpoint_best_total.pth", "checkpoint_2.pth"):
         left, right = (checkpoint.load(tmp_path / folder / name) for folder in ("whole", "pieces"))
         assert not tiny.differing(left, right), name
+    assert [row["name"] for row in left["classes"]] == list(dataset.class_map.names)
     assert not tiny.differing(rows(tmp_path / "whole"), rows(tmp_path / "pieces"))
+    told = [record.getMessage() for record in caplog.records]
+    assert [text for text in told if unreadable in text] == [
+        f"image {unreadable} cannot be read and is left out: 1 of train.skip_corrupt: 1"  # once, not by each rank
+    ]
+    assert any(" x 2 ranks = 4" in text for text in told)
     assert not ranks_of(os.getpid())
 
 
@@ -312,25 +337,11 @@ def test_a_rank_that_dies_ends_the_others(uneven: PreparedDataset, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parameter("skip_corrupt")
-def test_an_image_that_one_rank_cannot_read(
-    uneven: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By default the rank's own error is that of the training; where it is allowed, all ranks have counted it."""
-    dataset, (name,) = tiny.damaged(uneven, tmp_path / "damaged", 7)
-    names = [f"my {name}" for name in dataset.class_map.names]
-    dataset.class_map = named(dataset.class_map, names)  # train.class_names
+def test_an_image_that_one_rank_cannot_read(one_unreadable: tuple[PreparedDataset, str], tmp_path: Path) -> None:
+    """By default the rank's own error is that of the training."""
+    dataset, name = one_unreadable
     with pytest.raises(DatasetError, match=rf"training image {name} .*cannot be read"):
         train(tiny.job(dataset, tmp_path / "none", batch=1, devices=RANKS))
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        result = train(tiny.job(dataset, tmp_path / "one", batch=1, devices=RANKS, epochs=1, skip_corrupt=1))
-    assert result.skipped == (name,)
-    classes = checkpoint.load(tmp_path / "one" / checkpoint.LATEST)["classes"]
-    assert [row["name"] for row in classes] == names
-    assert [record.getMessage() for record in caplog.records if name in record.getMessage()] == [
-        f"image {name} cannot be read and is left out: 1 of train.skip_corrupt: 1"  # said once, not by each
-    ]
-    assert any(" x 2 ranks = 2" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.slow
