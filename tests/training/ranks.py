@@ -78,21 +78,15 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for process in self._processes:  # without a next job they end
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self._processes:
+        for process in self._processes:  # they have nothing to lose
             with process:
-                try:
-                    process.wait(timeout=60)
-                finally:
-                    process.kill()
+                process.kill()
 
 
 def main() -> None:
     rank, count, (_, meeting) = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-    for line in sys.stdin:
+    for line in sys.stdin:  # also ends with who started it
         folder = Path(line.strip())
         try:
             result = train(
@@ -105,7 +99,6 @@ def main() -> None:
             answer = {"error": [type(error).__name__, error.message]}
         sys.stdout.write(f"{json.dumps(answer)}\n")
         sys.stdout.flush()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
