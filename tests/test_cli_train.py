@@ -139,10 +139,20 @@ class TestTrain:
         assert not [name for name, value in found.items() if not value.allclose(start[name], atol=1e-6)]
         assert json.loads((output / "weights.json").read_text())["missing"] == []
 
+    @staticmethod
+    def continues(command: list[str], folder: Path, epochs: int, capsys: pytest.CaptureFixture[str]) -> None:
+        """The same command goes on from the checkpoint that a stopped one left."""
+        steps = checkpoint.load(folder / checkpoint.LATEST)["position"]["global_step"]
+        assert 5 <= steps < 5 * epochs
+        assert main(command) == 0
+        said = capsys.readouterr()
+        assert said.out.startswith(f"{epochs} epochs, {5 * epochs} optimizer steps; ")
+        assert f"continuing after epoch {steps // 5}, optimizer step {steps}\n" in said.err
+        assert [row["epoch"] for row in rows(folder)] == list(range(epochs))
+
     @pytest.mark.slow
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_leaves_a_checkpoint_that_the_same_command_continues(
-        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    def test_sigterm_leaves_a_checkpoint_that_the_same_command_continues(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         command = ["train", "--config", str(config), "--output-dir", str(tmp_path), "--set", "train.epochs=12"]
         process = subprocess.Popen(program(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -150,20 +160,33 @@ class TestTrain:
             deadline = time.monotonic() + 120
             while not rows(tmp_path) and time.monotonic() < deadline and process.poll() is None:
                 time.sleep(0.01)
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
         assert out == ""
         assert err.splitlines()[-1].startswith("error: stopped on request after ")
         assert "Traceback" not in err
-        steps = checkpoint.load(tmp_path / checkpoint.LATEST)["position"]["global_step"]
-        assert 5 <= steps < 60
+        self.continues(command, tmp_path, 12, capsys)
 
-        assert main(command) == 0
+    def test_ctrl_c_leaves_one_as_well(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Told to this process, in the second of three epochs."""
+        command = ["train", "--config", str(config), "--output-dir", str(tmp_path), "--set", "train.epochs=3"]
+        step = Engine.optimizer_step
+
+        def interrupted(engine: Engine, *args: Any, global_step: int, **words: Any) -> Any:
+            if global_step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(engine, *args, global_step=global_step, **words)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "optimizer_step", interrupted)
+            assert main(command) == 143
         said = capsys.readouterr()
-        assert said.out.startswith("12 epochs, 60 optimizer steps; ")
-        assert f"continuing after epoch {steps // 5}, optimizer step {steps}\n" in said.err
-        assert [row["epoch"] for row in rows(tmp_path)] == list(range(12))
+        assert said.out == ""
+        assert said.err.splitlines()[-1].startswith("error: stopped on request after ")
+        self.continues(command, tmp_path, 3, capsys)
 
     def test_the_second_signal_does_not_wait(self) -> None:
         stop = cli._Stop()

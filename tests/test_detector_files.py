@@ -15,7 +15,7 @@ import torch
 from rfdetr_core import RFDETRNano, RFDETRPico, api
 from rfdetr_core.__main__ import main
 from rfdetr_core.coco_names import COCO_NAMES, names_by_slot
-from rfdetr_core.config import ModelSection
+from rfdetr_core.config import ModelConfig, ModelSection
 from rfdetr_core.detector_files import as_weight_file, begin_from, class_names_of, read_detector, write_detector
 from rfdetr_core.errors import CheckpointError
 from rfdetr_core.models.detector import RFDETR
@@ -189,7 +189,7 @@ class TestReadDetector:
 
 class TestBeginFrom:
     def test_another_number_of_layers_is_refused(self) -> None:
-        file = as_weight_file(self.trained(golden.build(variant="nano", num_classes=3)))
+        file = as_weight_file(self.trained(RFDETR(ModelConfig(variant="nano", num_classes=3))))
         with pytest.raises(
             CheckpointError, match=r"holds the weights of nano \(2 decoder layers\), the model is medium \(4\)"
         ):
@@ -197,7 +197,7 @@ class TestBeginFrom:
 
     @pytest.mark.parametrize("resolution", [384, 320])  # at 320 its positional table is nobody's
     def test_a_file_without_any_name_is_known_by_its_tensors(self, tmp_path: Path, resolution: int) -> None:
-        module = golden.build(variant="nano", num_classes=3, resolution=resolution)
+        module = RFDETR(ModelConfig(variant="nano", num_classes=3, resolution=resolution))
         torch.save({"model": module.state_dict()}, tmp_path / "own.pth")
         assert variant_of(read_weight_file(tmp_path / "own.pth")) == "nano"
         with pytest.raises(CheckpointError, match="the model is small"):

@@ -56,18 +56,19 @@ def test_the_last_file_goes_after_those_it_tells_of(
     checkpoints: Path, target: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    gate = threading.Event()
+    held, gate = threading.Event(), threading.Event()
     real = LocalLocation.upload_file
 
     def slow(self: LocalLocation, path: Path) -> FileDigest:
-        gate.wait(5)
+        held.set()
+        gate.wait(30)
         order.append(self.name)
         return real(self, path)
 
     monkeypatch.setattr(LocalLocation, "upload_file", slow)
     with Uploader(target, last="checkpoint.pth") as uploader:
         hand_over(uploader, checkpoints, "first.pth", "1")
-        time.sleep(0.1)  # the thread holds it now; the others wait
+        assert held.wait(30)  # the thread has it; the others wait
         hand_over(uploader, checkpoints, "checkpoint.pth", "state")
         hand_over(uploader, checkpoints, "best.pth", "best")
         gate.set()
@@ -89,7 +90,7 @@ def test_a_store_that_is_away_is_tried_again(
     monkeypatch.setattr(LocalLocation, "upload_file", flaky)
     with Uploader(target, last="") as uploader:
         hand_over(uploader, checkpoints, "a.pth", "A")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not uploader.uploaded and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (target / "a.pth").read_text() == "A"

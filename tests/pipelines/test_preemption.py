@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from components.probe_batch_size import stage as probe_batch_size
+from components.train import stage as train
+from components.validate_dataset import stage as validate_dataset
 from rfdetr_core.data.sample import write_sample_dataset
-from rfdetr_core.training import checkpoint
+from rfdetr_core.models.detector import RFDETR
+from rfdetr_core.training import checkpoint, validation
 from tests.processes import without_settings
 
 GRACE_SECONDS = 20.0
@@ -37,53 +43,14 @@ send = LocalLocation.upload_file
 def upload_file(self, path):
     if self.name.endswith(".pth"):
         print("sending", self.name, flush=True)
-        time.sleep(2.0)
+        time.sleep(0.5)
     return send(self, path)
 
 
 LocalLocation.upload_file = upload_file
 sys.exit(main())
 """
-"""The train stage with a store that takes two seconds for a checkpoint."""
-
-SLOW_STEP = """
-import sys, time
-from components.train.stage import main
-from rfdetr_core.models.detector import RFDETR
-
-forward = RFDETR.forward
-
-
-def slow(self, *args, **words):
-    if self.training:
-        print("stepping", flush=True)
-        time.sleep(1.0)
-    return forward(self, *args, **words)
-
-
-RFDETR.forward = slow
-sys.exit(main())
-"""
-"""The train stage with a second for each micro-batch, of which a step has two."""
-
-SLOW_EVALUATION = """
-import sys, time
-from components.train.stage import main
-from rfdetr_core.training import validation
-
-detections_of = validation.detections_of
-
-
-def slow(*args, **words):
-    print("evaluating", flush=True)
-    time.sleep(0.5)
-    return detections_of(*args, **words)
-
-
-validation.detections_of = slow
-sys.exit(main())
-"""
-"""The train stage with a second for each evaluated batch: half of one for either kind of weights."""
+"""The train stage with a store that takes half a second for a checkpoint."""
 
 
 def stage(folder: Path, run: str, name: str, *arguments: str, program: str = "") -> subprocess.Popen[str]:
@@ -99,13 +66,44 @@ def stage(folder: Path, run: str, name: str, *arguments: str, program: str = "")
     )
 
 
-UPLOADS = json.dumps({"train": {"eval_interval": 500, "checkpoint_interval": 1}})
+def prepared(folder: Path, run: str, **overrides: Any) -> None:
+    """The first stage of a run, and the second where it has nothing to search; in this process."""
+    uri = str(folder / "store" / "runs" / run)
+    overrides["dataset"] = {"uri": str(folder / "data")}
+    given = ["--config", str(folder / "config.yaml"), "--overrides", json.dumps(overrides)]
+    assert validate_dataset.main(["--run-uri", uri, *given]) == 0
+    if "batch_size" not in overrides.get("train", {}):
+        assert probe_batch_size.main(["--run-uri", uri]) == 0
 
 
-def completed(folder: Path, run: str, name: str, *arguments: str) -> None:
-    process = stage(folder, run, name, *arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+class Preemption(logging.Handler):
+    """SIGTERM for this process, in which a stage runs: when it is called, or a line with the marker is logged."""
+
+    def __init__(self, marker: str = "") -> None:
+        super().__init__()
+        self.marker = marker
+        self.asked = 0.0
+        self.lines: list[str] = []
+
+    def __call__(self) -> None:
+        if not self.asked:
+            self.asked = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        if self.marker and self.marker in self.lines[-1]:
+            self()
+
+    def of_training(self, folder: Path, run: str) -> tuple[str, float]:
+        """All that the train stage logged, and the seconds from the signal to its end."""
+        logging.getLogger().addHandler(self)
+        try:
+            assert train.main(["--run-uri", str(folder / "store" / "runs" / run)]) == 143
+        finally:
+            logging.getLogger().removeHandler(self)
+        assert self.asked
+        return "\n".join(self.lines) + "\n", time.monotonic() - self.asked
 
 
 def status(folder: Path, run: str, name: str) -> Any:
@@ -145,8 +143,7 @@ def stopped(process: subprocess.Popen[str], marker: str, wait: float = 0.0) -> t
 @pytest.mark.slow
 def test_the_probe(folder: Path) -> None:
     # Large images: what is left of the search after its first step takes seconds, also where this test is waited for.
-    overrides = {"train": {"batch_size": "auto"}, "model": {"resolution": 320}}
-    completed(folder, "probe", "validate_dataset", "--config", "config.yaml", "--overrides", json.dumps(overrides))
+    prepared(folder, "probe", train={"batch_size": "auto"}, model={"resolution": 320})
     _, seconds = stopped(stage(folder, "probe", "probe_batch_size"), "batch 1 at 320 px")
     found = status(folder, "probe", "probe_batch_size")
     assert (found["state"], found["exit_code"]) == ("preempted", 143)
@@ -154,42 +151,69 @@ def test_the_probe(folder: Path) -> None:
     assert not (folder / "store" / "runs" / "probe" / "probe").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("phase", "program", "marker", "wait", "where"),
-    [
-        ("first-step", SLOW_STEP, "stepping", 0.0, range(1)),  # its first half is thrown away
-        ("epoch", "", "epoch 1/500 done", 0.1, range(5, 500)),
-        ("evaluation", SLOW_EVALUATION, "evaluating", 0.0, range(5, 6)),
-    ],
-)
-def test_training(folder: Path, phase: str, program: str, marker: str, wait: float, where: range) -> None:
-    overrides = {"train": {"eval_interval": 500}} if phase == "epoch" else {}
-    completed(folder, phase, "validate_dataset", "--config", "config.yaml", "--overrides", json.dumps(overrides))
-    completed(folder, phase, "probe_batch_size")
-    output, seconds = stopped(stage(folder, phase, "train", program=program), marker, wait)
-    found = status(folder, phase, "train")
+def resumable(folder: Path, run: str, output: str, seconds: float, where: range) -> None:
+    """What a preempted training must leave; then the next attempt goes on from there."""
+    found = status(folder, run, "train")
     assert (found["state"], found["exit_code"]) == ("preempted", 143)
     assert seconds < GRACE_SECONDS
-    kept = folder / "store" / "runs" / phase / "train" / "checkpoints" / "checkpoint.pth"
+    kept = folder / "store" / "runs" / run / "train" / "checkpoints" / "checkpoint.pth"
     position = checkpoint.load(kept)["position"]
     step, epoch = position["global_step"], position["epoch"]
     assert step in where
     assert f"stopped on request after optimizer step {step} " in output
-    assert ("epoch 1/500 done" in output) is (phase == "epoch")
 
-    again = stage(folder, phase, "train")  # the next attempt goes on from there
-    output, _ = stopped(again, f"epoch {epoch + 1}/500 done")
+    output, _ = Preemption(f"epoch {epoch + 1}/500 done").of_training(folder, run)
     assert (f", optimizer step {step}\n" in output) is (step > 0)  # continuing after epoch ...
     assert checkpoint.load(kept)["position"]["epoch"] > epoch
 
 
 @pytest.mark.slow
+def test_an_epoch(folder: Path) -> None:
+    prepared(folder, "epoch", train={"eval_interval": 500})
+    output, seconds = stopped(stage(folder, "epoch", "train"), "epoch 1/500 done", 0.1)
+    resumable(folder, "epoch", output, seconds, range(5, 500))
+
+
+def test_the_first_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first half is thrown away."""
+    preemption, forward = Preemption(), RFDETR.forward
+
+    def slow(self: RFDETR, *args: Any, **words: Any) -> Any:
+        if self.training:
+            preemption()
+            time.sleep(0.1)
+        return forward(self, *args, **words)
+
+    prepared(folder, "first-step")
+    with monkeypatch.context() as patch:
+        patch.setattr(RFDETR, "forward", slow)
+        output, seconds = preemption.of_training(folder, "first-step")
+    assert "epoch 1/500 done" not in output
+    resumable(folder, "first-step", output, seconds, range(1))
+
+
+def test_an_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for each batch: half of one for either kind of weights."""
+    preemption, detections_of = Preemption(), validation.detections_of
+
+    def slow(*args: Any, **words: Any) -> Any:
+        preemption()
+        time.sleep(0.5)
+        return detections_of(*args, **words)
+
+    prepared(folder, "evaluation")
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "detections_of", slow)
+        output, seconds = preemption.of_training(folder, "evaluation")
+    assert "epoch 1/500 done" not in output
+    resumable(folder, "evaluation", output, seconds, range(5, 6))
+
+
+@pytest.mark.slow
 def test_an_upload(folder: Path) -> None:
     """What is under way arrives whole, and the last step's checkpoint after it."""
-    completed(folder, "upload", "validate_dataset", "--config", "config.yaml", "--overrides", UPLOADS)
-    completed(folder, "upload", "probe_batch_size")
-    rest, seconds = stopped(stage(folder, "upload", "train", program=SLOW_STORE), "sending", 0.5)
+    prepared(folder, "upload", train={"eval_interval": 500, "checkpoint_interval": 1})
+    rest, seconds = stopped(stage(folder, "upload", "train", program=SLOW_STORE), "sending", 0.1)
     found = status(folder, "upload", "train")
     assert (found["state"], found["exit_code"]) == ("preempted", 143)
     assert seconds < GRACE_SECONDS

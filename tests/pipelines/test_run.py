@@ -227,10 +227,9 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_everything_that_was_started(project: Project, signum: int) -> None:
-    command = [sys.executable, "-m", "pipelines", "run", "--config", "config.yaml", "--run-id", f"stop-{signum}"]
+def stopped(project: Project, run_id: str, signum: int, marker: str) -> Path:
+    """The folder of a run that got a signal when a line with the marker was printed: it has ended what it started."""
+    command = [sys.executable, "-m", "pipelines", "run", "--config", "config.yaml", "--run-id", run_id]
     run = subprocess.Popen(
         [*command, "--set", "train.epochs=1000"],
         cwd=project.folder,
@@ -241,10 +240,10 @@ def test_ctrl_c_stops_everything_that_was_started(project: Project, signum: int)
     )
     assert run.stdout is not None
     for line in run.stdout:
-        if "epoch 1/1000 done" in line:
+        if marker in line:
             break
     else:
-        pytest.fail("training never began")
+        pytest.fail(f"{marker!r} was never printed")
     started = children_of(run.pid)
     assert len(started) >= 4  # the S3 server, the worker, kfp's executor, the stage
     run.send_signal(signum)
@@ -253,7 +252,19 @@ def test_ctrl_c_stops_everything_that_was_started(project: Project, signum: int)
     assert "to continue" in rest
     left = [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}").stat()]
     assert not [pid for pid in left if Path(f"/proc/{pid}/cmdline").read_bytes()]
-    folder = project.root / "runs" / f"stop-{signum}"
+    return project.root / "runs" / run_id
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_everything_that_was_started(project: Project) -> None:
+    folder = stopped(project, "stop-training", signal.SIGINT, "epoch 1/1000 done")
     assert json.loads((folder / "status" / "train.json").read_text())["state"] == "preempted"
     assert (folder / "train" / "checkpoints" / "checkpoint.pth").exists()
     assert not (folder / "train" / MANIFEST).exists()
+
+
+@pytest.mark.slow
+def test_so_does_sigterm_in_any_stage(project: Project) -> None:
+    """In the first one: what a stage of minutes does then is told by the one above and by test_preemption."""
+    folder = stopped(project, "stop-validation", signal.SIGTERM, " validate_dataset INFO ")
+    assert not (folder / "status" / "train.json").exists()

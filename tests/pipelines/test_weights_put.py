@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipelines.cli import main
 from pipelines.s3_server import LocalS3Server
 from rfdetr_core.config import ModelConfig
 from rfdetr_core.models.detector import RFDETR
@@ -33,17 +36,29 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def put(weights: Path, folder: Path, root: str, server: LocalS3Server | None = None) -> tuple[int, list[str]]:
-    environment = {**(server.environment if server else {}), "RF_HOME": str(folder / "cache")}
-    code, output = rfdetr_pipeline(folder, "weights", "put", str(weights), "--root", root, **environment)
-    return code, output.splitlines()
+def put(weights: Path, folder: Path, root: str) -> tuple[int, list[str]]:
+    """Exit code and all output of the command."""
+    output = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setenv("RF_HOME", str(folder / "cache"))
+        patch.setattr("sys.argv", ["rfdetr-pipeline", "weights", "put", str(weights), "--root", root])
+        main()
+    return int(ended.value.code or 0), output.getvalue().splitlines()
 
 
 def test_from_a_file_to_the_uri_of_a_configuration(
     weights: Path, s3_root: Location, s3_server: LocalS3Server, tmp_path: Path
 ) -> None:
-    code, lines = put(weights, tmp_path, s3_root.uri, s3_server)
-    assert code == 0, lines
+    """In a process of its own the first time; all other tests call the command, which is spared to load torch."""
+    environment = {**s3_server.environment, "RF_HOME": str(tmp_path / "cache")}
+    code, output = rfdetr_pipeline(tmp_path, "weights", "put", str(weights), "--root", s3_root.uri, **environment)
+    assert code == 0, output
+    lines = output.splitlines()
     uri = f"{s3_root.uri}/weights/{hashlib.md5(weights.read_bytes()).hexdigest()}/blood-cells.pth"
     size = f"{weights.stat().st_size / 1e6:.1f} MB"
     assert lines == [
@@ -59,7 +74,7 @@ def test_from_a_file_to_the_uri_of_a_configuration(
     report = load_pretrained(model, read_weight_file(fetch_weights(uri, cache=tmp_path / "cache")))
     assert (report.class_rows, report.missing) == ((3, 4), ())
 
-    code, again = put(weights, tmp_path, s3_root.uri, s3_server)
+    code, again = put(weights, tmp_path, s3_root.uri)
     assert code == 0
     assert again == [f"blood-cells.pth ({size}) is in the store already", *lines[1:]]
     assert [info.name for info in s3_root.list_files()] == [uri.removeprefix(f"{s3_root.uri}/")]

@@ -284,12 +284,17 @@ def test_a_reader_beside_a_writer_gets_one_version(remote_root: Location, tmp_pa
         except BaseException as error:
             failures.append(error)
 
+    seen: list[str] = []
+
+    def met() -> bool:
+        """Whether a publication came between: on a machine with other work the writer's turn may be late."""
+        return "refused" in seen or len(set(seen)) > 1
+
     writer = threading.Thread(target=alternate)
     writer.start()
-    seen: list[str] = []
-    end = time.monotonic() + 1
+    started = time.monotonic()
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < started + (1 if met() else 30):
             try:
                 copy = fetch(root, tmp_path / "copy")
             except (PublicationError, StorageUnavailableError):
@@ -300,7 +305,7 @@ def test_a_reader_beside_a_writer_gets_one_version(remote_root: Location, tmp_pa
         stop.set()
         writer.join()
     assert failures == []
-    assert "refused" in seen or len(set(seen)) > 1
+    assert met()
 
 
 def test_a_republication_meanwhile_is_worth_a_retry(

@@ -140,9 +140,9 @@ def test_any_instant(store: str, s3_root: Location, tmp_path: Path, publisher: s
     done, needed = publish_in_child(publisher, target, folders["odd"])
     assert done
     standing, seen = "odd", []
-    for trial in range(6):
+    for trial in range(60):
         name = "even" if standing == "odd" else "odd"
-        done, _ = publish_in_child(publisher, target, folders[name], kill_after=needed * (trial + 0.5) / 7)
+        done, seconds = publish_in_child(publisher, target, folders[name], kill_after=needed * (trial % 6 + 0.5) / 7)
         found = outcome(target, tmp_path / f"copy-{trial}", versions)
         seen.append(found)
         assert found in ([name] if done else ["none", standing, name])
@@ -151,4 +151,7 @@ def test_any_instant(store: str, s3_root: Location, tmp_path: Path, publisher: s
             assert outcome(target, tmp_path / f"again-{trial}", versions) == name
             found = name
         standing = found
+        if trial >= 5 and seen.count("none") >= 2:  # on a machine with other work no two take as long
+            break
+        needed = min(needed, seconds) if done else needed
     assert seen.count("none") >= 2

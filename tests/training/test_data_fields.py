@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rfdetr_core.data.loading import Batch
 from rfdetr_core.data.prepared import PreparedDataset
@@ -29,6 +30,19 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return seen
 
 
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every batch that a training would step on: the steps themselves are left out."""
+    seen: list[Batch] = []
+
+    def noted(self: Engine, window: Any, **_: Any) -> Any:
+        seen.extend(window)
+        return {"loss": torch.tensor(1.0)}
+
+    monkeypatch.setattr(Engine, "optimizer_step", noted)
+    return seen
+
+
 def brightness(batches: list[Batch]) -> float:
     return sum(float(batch.pixels.float().mean()) for batch in batches) / len(batches)
 
@@ -38,24 +52,24 @@ def sides(batches: list[Batch]) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parameter("aug_config")
-def test_augmentations_reach_the_detector(dataset: PreparedDataset, tmp_path: Path, batches: list[Batch]) -> None:
+def test_augmentations_reach_the_detector(dataset: PreparedDataset, tmp_path: Path, offered: list[Batch]) -> None:
     lighter = {"RandomBrightnessContrast": {"brightness_limit": [0.3, 0.3], "contrast_limit": 0, "p": 1.0}}
     found = []
     for config in ({}, lighter):
-        batches.clear()
+        offered.clear()
         train(tiny.job(dataset, tmp_path / str(len(found)), epochs=1, aug_config=config))
-        found.append(brightness(batches))
+        found.append(brightness(offered))
     assert found[1] > found[0] + 30
 
 
 @pytest.mark.parameter("aug_config", "scale_jitter")
 def test_without_flip_and_jitter_every_epoch_is_the_same(
-    dataset: PreparedDataset, tmp_path: Path, batches: list[Batch]
+    dataset: PreparedDataset, tmp_path: Path, offered: list[Batch]
 ) -> None:
     def views(**fields: Any) -> int:
-        batches.clear()
+        offered.clear()
         train(tiny.job(dataset, tmp_path / "-".join(fields), epochs=4, eval_interval=4, **fields))
-        return len({pixels.numpy().tobytes() for batch in batches for pixels in batch.pixels})
+        return len({pixels.numpy().tobytes() for batch in offered for pixels in batch.pixels})
 
     assert views(aug_config={}, scale_jitter=False) == 10  # the images themselves
     assert 10 < views(scale_jitter=False) <= 20  # and their mirror images
@@ -63,7 +77,7 @@ def test_without_flip_and_jitter_every_epoch_is_the_same(
 
 
 @pytest.mark.parameter("multi_scale", "expanded_scales")
-def test_the_sides_are_those_asked_for(dataset: PreparedDataset, tmp_path: Path, batches: list[Batch]) -> None:
+def test_the_sides_are_those_asked_for(dataset: PreparedDataset, tmp_path: Path, offered: list[Batch]) -> None:
     block = tiny.model_config().block
     base = 32 // block
     wanted = {
@@ -76,9 +90,9 @@ def test_the_sides_are_those_asked_for(dataset: PreparedDataset, tmp_path: Path,
         "plain": {"multi_scale": "per-batch", "expanded_scales": False},
         "expanded": {"multi_scale": "per-batch", "expanded_scales": True},
     }.items():
-        batches.clear()
+        offered.clear()
         train(tiny.job(dataset, tmp_path / name, epochs=12, eval_interval=12, **fields))
-        assert sides(batches) == {(side, side) for side in wanted[name]}
+        assert sides(offered) == {(side, side) for side in wanted[name]}
 
 
 @pytest.mark.parameter("multi_scale")

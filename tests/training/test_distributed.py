@@ -1,4 +1,4 @@
-"""Several ranks train what one process trains; each test starts two of them, with gloo on the CPU."""
+"""Several ranks train what one process trains: two of them, with gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from rfdetr_core.training.distributed import (
 )
 from rfdetr_core.training.loop import TrainingJob, TrainingResult, train
 from tests.training import tiny
+from tests.training.ranks import Ranks
 
 RANKS = 2
 
@@ -141,22 +142,32 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return tiny.prepare(tiny.draw(folder / "source", train=11, valid=5, test=3), folder / "prepared")
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(RANKS, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
 @pytest.mark.slow
 @pytest.mark.parameter("devices")
 class TestAgainstOneProcess:
     """Losses, gradients, metrics and weights of two ranks are those of one process with the global batch."""
 
-    @staticmethod
-    def both(dataset: PreparedDataset, folder: Path, *, accum: int, batch: int = 1, **settings: Any) -> list[Path]:
+    @pytest.fixture(autouse=True)
+    def _pair(self, pair: Ranks) -> None:
+        self.pair = pair
+
+    def both(
+        self, dataset: PreparedDataset, folder: Path, *, accum: int, batch: int = 1, **settings: Any
+    ) -> list[Path]:
         """Train alone and with two ranks; returns the folders."""
         start = settings.pop("start", None)
         common: dict[str, Any] = {"accum": accum, "eval_batch_size": 2, "compute_val_loss": True, **settings}
         one = tiny.job(dataset, folder / "one", batch=RANKS * batch, **common)
         two = tiny.job(dataset, folder / "two", batch=batch, devices=RANKS, **common)
-        jobs = [dataclasses.replace(job, start_weights=start) for job in (one, two)]
-        steps = [train(job).optimizer_steps for job in jobs]
+        one, two = (dataclasses.replace(job, start_weights=start) for job in (one, two))
+        steps = [train(one).optimizer_steps, self.pair.train(two).optimizer_steps]
         assert steps[0] == steps[1] >= 10
-        assert not list((folder / "two").glob(".ranks"))
         return [folder / "one", folder / "two"]
 
     def compare(self, dataset: PreparedDataset, folder: Path, **settings: Any) -> None:
@@ -223,25 +234,51 @@ class TestAgainstOneProcess:
         self.compare(tiny.prepare(source, tmp_path / "prepared"), tmp_path, accum=1, eval_interval=2)
 
 
+@pytest.fixture
+def one_unreadable(uneven: PreparedDataset, tmp_path: Path) -> tuple[PreparedDataset, str]:
+    """The dataset with classes of other names (train.class_names), and the name of the image that cannot be read."""
+    dataset, (name,) = tiny.damaged(uneven, tmp_path / "damaged", 7)
+    dataset.class_map = named(dataset.class_map, [f"my {name}" for name in dataset.class_map.names])
+    return dataset, name
+
+
 @pytest.mark.slow
-@pytest.mark.parameter("devices", "resume")
-def test_stopped_and_continued_is_as_if_never_stopped(uneven: PreparedDataset, tmp_path: Path) -> None:
+@pytest.mark.parameter("devices", "resume", "skip_corrupt")
+def test_stopped_and_continued_is_as_if_never_stopped(
+    one_unreadable: tuple[PreparedDataset, str], pair: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for what all ranks have counted: images that are left out, where it is allowed."""
+    dataset, unreadable = one_unreadable
     settings: dict[str, Any] = {
-        "batch": 1, "accum": 2, "devices": RANKS, "drop_path": 0.3, "epochs": 3, "checkpoint_interval": 1
-    }  # fmt: skip
-    train(tiny.job(uneven, tmp_path / "whole", **settings))
+        "batch": 1,
+        "accum": 2,
+        "devices": RANKS,
+        "drop_path": 0.3,
+        "epochs": 3,
+        "checkpoint_interval": 1,
+        "skip_corrupt": 1,
+    }
+    pair.train(tiny.job(dataset, tmp_path / "whole", **settings))
     published: list[str] = []
-    job = tiny.job(uneven, tmp_path / "pieces", **settings)
+    job = tiny.job(dataset, tmp_path / "pieces", **settings)
+    caplog.set_level(logging.INFO)
     with pytest.raises(Terminated, match=r"^stopped on request after optimizer step \d+ "):
         train(job, publish=lambda path: published.append(path.name), stop_requested=lambda: bool(published))
     assert published[-1] == checkpoint.LATEST
     assert 0 < checkpoint.load(job.checkpoints / checkpoint.LATEST)["position"]["global_step"] < 15
     result = train(job)
-    assert result.optimizer_steps == 15
+    assert (result.optimizer_steps, result.skipped) == (15, (unreadable,))
+    assert not list(job.checkpoints.glob(".ranks"))
     for name in ("checkpoint.pth", "checkpoint_best_total.pth", "checkpoint_2.pth"):
         left, right = (checkpoint.load(tmp_path / folder / name) for folder in ("whole", "pieces"))
         assert not tiny.differing(left, right), name
+    assert [row["name"] for row in left["classes"]] == list(dataset.class_map.names)
     assert not tiny.differing(rows(tmp_path / "whole"), rows(tmp_path / "pieces"))
+    told = [record.getMessage() for record in caplog.records]
+    assert [text for text in told if unreadable in text] == [
+        f"image {unreadable} cannot be read and is left out: 1 of train.skip_corrupt: 1"  # once, not by each rank
+    ]
+    assert any(" x 2 ranks = 4" in text for text in told)
     assert not ranks_of(os.getpid())
 
 
@@ -300,34 +337,18 @@ def test_a_rank_that_dies_ends_the_others(uneven: PreparedDataset, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parameter("skip_corrupt")
-def test_an_image_that_one_rank_cannot_read(
-    uneven: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By default the rank's own error is that of the training; where it is allowed, all ranks have counted it."""
-    dataset, (name,) = tiny.damaged(uneven, tmp_path / "damaged", 7)
-    names = [f"my {name}" for name in dataset.class_map.names]
-    dataset.class_map = named(dataset.class_map, names)  # train.class_names
+def test_an_image_that_one_rank_cannot_read(one_unreadable: tuple[PreparedDataset, str], tmp_path: Path) -> None:
+    """By default the rank's own error is that of the training."""
+    dataset, name = one_unreadable
     with pytest.raises(DatasetError, match=rf"training image {name} .*cannot be read"):
         train(tiny.job(dataset, tmp_path / "none", batch=1, devices=RANKS))
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        result = train(tiny.job(dataset, tmp_path / "one", batch=1, devices=RANKS, epochs=1, skip_corrupt=1))
-    assert result.skipped == (name,)
-    classes = checkpoint.load(tmp_path / "one" / checkpoint.LATEST)["classes"]
-    assert [row["name"] for row in classes] == names
-    assert [record.getMessage() for record in caplog.records if name in record.getMessage()] == [
-        f"image {name} cannot be read and is left out: 1 of train.skip_corrupt: 1"  # said once, not by each
-    ]
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_names_the_images(
-    uneven: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO), pytest.raises(TrainingError, match=r"not finite") as caught:
-        train(tiny.job(uneven, tmp_path, batch=1, devices=RANKS, lr=1e30, warmup_epochs=0.0, clip_max_norm=0.0))
+def test_a_loss_that_is_not_finite_names_the_images(uneven: PreparedDataset, pair: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"not finite") as caught:
+        pair.train(tiny.job(uneven, tmp_path, batch=1, devices=RANKS, lr=1e30, warmup_epochs=0.0, clip_max_norm=0.0))
     assert ".png" in str(caught.value) or ".jpg" in str(caught.value)
-    assert any(" x 2 ranks = 2" in record.getMessage() for record in caplog.records)
 
 
 def test_alone_everything_is_ones_own() -> None:

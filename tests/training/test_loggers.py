@@ -189,6 +189,11 @@ def offline_runs(folder: Path) -> list[tuple[Any, list[dict[str, Any]], int]]:
     return found
 
 
+def until_the_next_second() -> None:
+    """W&B names folders by the second."""
+    time.sleep(1.02 - time.time() % 1.0)
+
+
 def wandb_rows(first: int = 0, last: int = 3) -> list[dict[str, Any]]:
     steps = [row["step"] for row in ROWS[first:last]]
     return [{"_step": s} | {name: v for name, points in NUMBERS.items() for at, v in points if at == s} for s in steps]
@@ -225,7 +230,7 @@ def test_offline_a_resumed_run_logs_what_the_folder_lacks(
     runs: dict[str, str] = {}
     training(tmp_path / "a", config(wandb=True), to=1, runs=runs)
     first = dict(runs)
-    time.sleep(1.1)  # W&B names folders by the second
+    until_the_next_second()
     training(tmp_path / ("b" if fresh else "a"), config(wandb=True), known=1, runs=runs)
     assert runs == first
     parts = offline_runs(tmp_path / ("b" if fresh else "a"))
@@ -609,7 +614,7 @@ def test_an_interrupted_training_is_one_run_with_the_numbers_of_its_metrics_file
 
     with pytest.raises(Terminated):
         train(job, stop_requested=lambda: len(rows()) == 1)
-    time.sleep(1.1)  # W&B names folders by the second
+    until_the_next_second()
     train(job)
 
     written = {
