@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,7 @@ WAIT = typer.Option("--wait", help="Wait until it has ended, with the exit code 
 TIMEOUT = typer.Option("--timeout", min=0.0, help="Minutes to wait at most; the run goes on.")
 POLL = typer.Option("--poll", min=0.1, help="Seconds between two looks.")
 SUMMARY = typer.Option("--summary", help="Write how it ended into this file, as Markdown.")
+OUTPUT = typer.Option("--output", "-o", help="Write the run's names and addresses into this file, as JSON.")
 RUN = typer.Argument(help="The run's name, or KFP's id of it.")
 DEBUG = typer.Option("--debug", help="Show tracebacks.")
 
@@ -92,6 +94,7 @@ def submit(
     timeout: Annotated[float | None, TIMEOUT] = None,
     poll: Annotated[float, POLL] = 15.0,
     summary: Annotated[Path | None, SUMMARY] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     debug: Annotated[bool, DEBUG] = False,  # main reads it
 ) -> None:
     """Run the DAG on a cluster with Kubeflow Pipelines; the same command twice starts it once."""
@@ -108,11 +111,16 @@ def submit(
     done = entry.submit(prepared, api, if_changed=if_changed, say=_say)
     if done is None:
         _say("nothing to do")
+        if output is not None:
+            output.write_text(json.dumps({"kfp_run_id": None}) + "\n")
         if summary is not None:
             summary.write_text("# Nothing changed: no run was started\n")
         return
+    link = f"{api.link}/#/runs/details/{done.kfp_run_id}"
+    if output is not None:
+        output.write_text(json.dumps({**asdict(done), "link": link}, indent=2) + "\n")
     _say(f"{'started' if done.created else 'found, ' + done.state.lower()}: {done.run_id}")
-    _say(f"run:  {api.link}/#/runs/details/{done.kfp_run_id}")
+    _say(f"run:  {link}")
     _say(f"data: {done.run_uri}")
     if follow:
         _wait(api, done.kfp_run_id, timeout, poll, summary)
@@ -178,7 +186,7 @@ def wait(
 ) -> None:
     """Wait until a run has ended.
 
-    Exit code: 0; that of the stage that failed; 143 if it was cancelled; 75 after the timeout.
+    Exit code: 0; that of the stage that failed; 143 if it was cancelled; 124 after the timeout.
     """
     from pipelines.following import find_run
 
