@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from rfdetr_core.config import merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.storage import location
 
+POLL_SECONDS = 15.0
 console = Console(highlight=False)
 
 PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, spot-gpu, or the path of a YAML file.")
@@ -28,13 +30,19 @@ CHOICES = typer.Option("--choices", help="Offer GPU types and counts as choices 
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")
 SET = typer.Option("--set", help="Override one field, such as train.epochs=3; may be repeated.")
 OVERRIDES = typer.Option("--overrides", help='Override by a JSON object, such as \'{"train": {"epochs": 3}}\'.')
-ROOT = typer.Option("--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix. [default: the profile's]")
-RUN_ID = typer.Option("--run-id", help="Name of the run; the same name again continues it. [default: by its content]")
-HOST = typer.Option("--host", envvar="KF_PIPELINES_ENDPOINT", help="Address of KFP. [default: through the kubeconfig]")
-NAMESPACE = typer.Option("--namespace", envvar="RFDETR_NAMESPACE", help="Where the run's pods are. [default: kubeflow]")
+ROOT = typer.Option("--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix; by default the profile's.")
+RUN_ID = typer.Option(
+    "--run-id", help="Name of the run; the same name again continues it; by default it is named by its content."
+)
+HOST = typer.Option(
+    "--host", envvar="KF_PIPELINES_ENDPOINT", help="Address of KFP; by default the kubeconfig leads there."
+)
+NAMESPACE = typer.Option(
+    "--namespace", envvar="RFDETR_NAMESPACE", help="Where the run's pods are; by default kubeflow."
+)
 GPU_TYPE = typer.Option("--gpu-type", help="One of the profile's gpu.types.")
 GPU_COUNT = typer.Option("--gpu-count", help="GPUs of the pod that trains, one of the profile's gpu.counts.")
-EXPERIMENT = typer.Option("--experiment", help="Experiment of KFP. [default: the config's name]")
+EXPERIMENT = typer.Option("--experiment", help="Experiment of KFP; by default the config's name.")
 UNPINNED = typer.Option(
     "--unpinned", help="Take images by tag, as make images names them: for a cluster on this machine."
 )
@@ -43,6 +51,7 @@ WAIT = typer.Option("--wait", help="Wait until it has ended, with the exit code 
 TIMEOUT = typer.Option("--timeout", min=0.0, help="Minutes to wait at most; the run goes on.")
 POLL = typer.Option("--poll", min=0.1, help="Seconds between two looks.")
 SUMMARY = typer.Option("--summary", help="Write how it ended into this file, as Markdown.")
+OUTPUT = typer.Option("--output", "-o", help="Write the run's names and addresses into this file, as JSON.")
 RUN = typer.Argument(help="The run's name, or KFP's id of it.")
 DEBUG = typer.Option("--debug", help="Show tracebacks.")
 
@@ -90,13 +99,21 @@ def submit(
     if_changed: Annotated[bool, IF_CHANGED] = False,
     follow: Annotated[bool, WAIT] = False,
     timeout: Annotated[float | None, TIMEOUT] = None,
-    poll: Annotated[float, POLL] = 15.0,
+    poll: Annotated[float | None, POLL] = None,
     summary: Annotated[Path | None, SUMMARY] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     debug: Annotated[bool, DEBUG] = False,  # main reads it
 ) -> None:
     """Run the DAG on a cluster with Kubeflow Pipelines; the same command twice starts it once."""
     from pipelines import submit as entry
 
+    for option, value, goes in (
+        ("--timeout", timeout, follow),
+        ("--poll", poll, follow),
+        ("--summary", summary, follow or if_changed),
+    ):
+        if value is not None and not goes:
+            raise ConfigError(f"{option} goes with --wait", hint="give it as well")
     request = _request(
         entry, config, assignments, overrides, root, load_profile(profile), digests=digests, unpinned=unpinned
     )
@@ -108,14 +125,19 @@ def submit(
     done = entry.submit(prepared, api, if_changed=if_changed, say=_say)
     if done is None:
         _say("nothing to do")
+        if output is not None:
+            output.write_text(json.dumps({"kfp_run_id": None}) + "\n")
         if summary is not None:
             summary.write_text("# Nothing changed: no run was started\n")
         return
+    link = f"{api.link}/#/runs/details/{done.kfp_run_id}"
+    if output is not None:
+        output.write_text(json.dumps({**asdict(done), "link": link}, indent=2) + "\n")
     _say(f"{'started' if done.created else 'found, ' + done.state.lower()}: {done.run_id}")
-    _say(f"run:  {api.link}/#/runs/details/{done.kfp_run_id}")
+    _say(f"run:  {link}")
     _say(f"data: {done.run_uri}")
     if follow:
-        _wait(api, done.kfp_run_id, timeout, poll, summary)
+        _wait(api, done.kfp_run_id, timeout, poll or POLL_SECONDS, summary)
 
 
 def schedule(
@@ -172,13 +194,13 @@ def wait(
     host: Annotated[str | None, HOST] = None,
     namespace: Annotated[str | None, NAMESPACE] = None,
     timeout: Annotated[float | None, TIMEOUT] = None,
-    poll: Annotated[float, POLL] = 15.0,
+    poll: Annotated[float, POLL] = POLL_SECONDS,
     summary: Annotated[Path | None, SUMMARY] = None,
     debug: Annotated[bool, DEBUG] = False,
 ) -> None:
     """Wait until a run has ended.
 
-    Exit code: 0; that of the stage that failed; 143 if it was cancelled; 75 after the timeout.
+    Exit code: 0; that of the stage that failed; 143 if it was cancelled; 124 after the timeout.
     """
     from pipelines.following import find_run
 

@@ -87,7 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         json_body = raw and "json" in (self.headers.get("Content-Type") or "")
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         body = json.loads(raw) if json_body else raw
-        stub.calls.append(Call(self.command, address.path, query, body, dict(self.headers.items())))
+        stub.calls.append(
+            Call(self.command, address.path, query, body, {name.lower(): value for name, value in self.headers.items()})
+        )
         if stub.login_page:
             return self._answer(200, b"<html><title>Log in</title></html>", "text/html")
         if stub.token and self.headers.get("Authorization") != f"Bearer {stub.token}":

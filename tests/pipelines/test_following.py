@@ -57,6 +57,7 @@ def test_success(command: Command, stub: Stub, started: Location, tmp_path: Path
         "r1 promoted a new champion",
         "map 0.5000; there is no champion yet",
         "candidate: map 0.500, map50 0.750",
+        f"report: {started.uri}/evaluate/report.html",
         started.uri,
     ]
     assert (tmp_path / "summary.md").read_text().startswith("# r1 promoted a new champion\n")
@@ -102,7 +103,7 @@ def test_a_cancelled_run_ends_the_waiting(command: Command, stub: Stub, started:
 def test_waiting_has_an_end_and_the_run_goes_on(command: Command, stub: Stub, started: Location) -> None:
     stub.states = ["RUNNING"]
     code, output = waited(command, "--timeout", "0.003")
-    assert code == 75
+    assert code == 124
     assert "has not ended after 0 minutes, and goes on (rfdetr-pipeline wait " in output
     assert stub.changes() == []
 
@@ -164,7 +165,10 @@ def test_a_token_that_expired_is_read_anew(stub: Stub, started: Location, monkey
 
     monkeypatch.setattr(clock, "sleep", renew)
     assert patiently(stub, clock).exit_code == 0
-    stub.token = "third"
+    stub.login_page = True  # as a session that ends shows itself behind a gateway
+    with pytest.raises(NotLoggedInError, match="it sent a web page"):
+        patiently(stub, clock)
+    stub.login_page, stub.token = False, "third"
     with pytest.raises(NotLoggedInError, match=r"\(401\)"):
         patiently(stub, clock)
 
