@@ -75,7 +75,7 @@ lock: $(READY) ## Pin all dependencies anew, with hashes: requirements-dev.txt a
 	$(UV_COMPILE) pyproject.toml --extra dev --upgrade --output-file requirements-dev.txt
 	$(MAKE) lock-images
 
-lock-images: $(READY) ## Pin what the images hold, at the versions of requirements-dev.txt
+lock-images: $(READY) ## Pin what the images hold, and what submitting needs, at the versions of requirements-dev.txt
 	$(BIN)/python -m pip install --quiet uv
 	$(UV_COMPILE) pyproject.toml -c requirements-dev.txt --output-file $(REQUIREMENTS)/base.txt
 	for image in torch train export-onnx; do \
@@ -83,6 +83,7 @@ lock-images: $(READY) ## Pin what the images hold, at the versions of requiremen
 	done
 	sed -n '/^  "kfp==/s/[ ",]//gp' pyproject.toml | \
 	  $(UV_COMPILE) - --no-deps --no-annotate -c requirements-dev.txt --output-file $(REQUIREMENTS)/kfp.txt
+	$(UV_COMPILE) pyproject.toml --extra pipelines -c requirements-dev.txt --output-file requirements-submit.txt
 
 images: ## Build the image of every stage, with docker, podman or buildah (BASE_IMAGE=... for another base)
 	$(PYTHON) -m pipelines.containers build --base "$(BASE_IMAGE)"

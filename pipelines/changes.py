@@ -22,6 +22,7 @@ from rfdetr_core.publication import read_manifest
 from rfdetr_core.registry import Registry
 from rfdetr_core.storage import Location
 
+_STDERR = 2  # the answer alone goes to standard output
 NOT_OF_THE_MODEL = ("notify",)  # sections that change nothing of a result
 
 
@@ -69,7 +70,7 @@ def look_for_changes(root: Location, name: str, config: str, overrides: Mapping[
 
 def _validate(place: Location, config: str, overrides: Mapping[str, Any]) -> None:
     command = [sys.executable, "-m", "components.validate_dataset.stage", "--run-uri", place.uri, "--config", config]
-    done = subprocess.run([*command, "--overrides", json.dumps(dict(overrides))], stdout=sys.stderr, check=False)
+    done = subprocess.run([*command, "--overrides", json.dumps(dict(overrides))], stdout=_STDERR, check=False)
     if done.returncode != 0:
         kinds: dict[int, type[ExitError]] = {UserError.exit_code: UserError, TransientError.exit_code: TransientError}
         kind = kinds.get(done.returncode, RFDETRError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,16 +80,27 @@ def _read(call: Any, what: str, *arguments: str) -> Any:
         ) from error
 
 
-def _core_api() -> Any:
-    from kubernetes import client, config
+def load_cluster_config() -> str:
+    """Set up Kubernetes' client, in a pod or by the kubeconfig; why it cannot be, empty if it is."""
+    from kubernetes import config
 
     try:
         config.load_incluster_config()
+        return ""
     except config.ConfigException:
-        try:
-            config.load_kube_config()
-        except (config.ConfigException, OSError, TypeError, ValueError):
-            return None
+        pass
+    try:
+        config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
+    except (config.ConfigException, OSError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _core_api() -> Any:
+    from kubernetes import client
+
+    if load_cluster_config():
+        return None
     settings = client.Configuration.get_default_copy()
     settings.retries = 1
     return client.CoreV1Api(client.ApiClient(settings))

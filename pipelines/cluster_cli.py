@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +14,11 @@ from rich.console import Console
 
 from components.images import DIGESTS, built_images, pinned_images
 from pipelines.cron import parse_cron
-from pipelines.kfp_api import Connection
+from pipelines.kfp_api import Connection, KfpApi
 from pipelines.platform import Profile, load_profile
 from rfdetr_core.config import merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError
+from rfdetr_core.storage import location
 
 console = Console(highlight=False)
 
@@ -42,6 +44,7 @@ WAIT = typer.Option("--wait", help="Wait until it has ended, with the exit code 
 TIMEOUT = typer.Option("--timeout", min=0.0, help="Minutes to wait at most; the run goes on.")
 POLL = typer.Option("--poll", min=0.1, help="Seconds between two looks.")
 SUMMARY = typer.Option("--summary", help="Write how it ended into this file, as Markdown.")
+OUTPUT = typer.Option("--output", "-o", help="Write the run's names and addresses into this file, as JSON.")
 RUN = typer.Argument(help="The run's name, or KFP's id of it.")
 DEBUG = typer.Option("--debug", help="Show tracebacks.")
 
@@ -51,6 +54,7 @@ def register(app: typer.Typer) -> None:
     for command in (submit, schedule, unschedule, wait, logs, cancel):
         app.command()(command)
     app.command("compile")(compile_pipeline)
+    app.command("gc")(collect_garbage)
 
 
 def compile_pipeline(
@@ -90,6 +94,7 @@ def submit(
     timeout: Annotated[float | None, TIMEOUT] = None,
     poll: Annotated[float, POLL] = 15.0,
     summary: Annotated[Path | None, SUMMARY] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     debug: Annotated[bool, DEBUG] = False,  # main reads it
 ) -> None:
     """Run the DAG on a cluster with Kubeflow Pipelines; the same command twice starts it once."""
@@ -101,19 +106,21 @@ def submit(
     request = replace(
         request, run_id=run_id, gpu_type=gpu_type, gpu_count=gpu_count, experiment=experiment, choices=choices
     )
-    connection = Connection(host, namespace)
     prepared = entry.prepare(request)
-    done = entry.submit(prepared, connection, if_changed=if_changed, say=_say)
+    api = KfpApi(Connection(host, namespace))
+    done = entry.submit(prepared, api, if_changed=if_changed, say=_say)
     if done is None:
         _say("nothing to do")
+        if output is not None:
+            output.write_text(json.dumps({"kfp_run_id": None}) + "\n")
         if summary is not None:
             summary.write_text("# Nothing changed: no run was started\n")
         return
-    from pipelines.kfp_api import KfpApi
-
-    api = KfpApi(connection)
+    link = f"{api.link}/#/runs/details/{done.kfp_run_id}"
+    if output is not None:
+        output.write_text(json.dumps({**asdict(done), "link": link}, indent=2) + "\n")
     _say(f"{'started' if done.created else 'found, ' + done.state.lower()}: {done.run_id}")
-    _say(f"run:  {api.link}/#/runs/details/{done.kfp_run_id}")
+    _say(f"run:  {link}")
     _say(f"data: {done.run_uri}")
     if follow:
         _wait(api, done.kfp_run_id, timeout, poll, summary)
@@ -145,8 +152,8 @@ def schedule(
         entry, config, assignments, overrides, root, load_profile(profile), digests=digests, unpinned=unpinned
     )
     request = replace(request, gpu_type=gpu_type, gpu_count=gpu_count, experiment=experiment, choices=choices)
-    connection = Connection(host, namespace)
-    made = entry.schedule(entry.prepare(request), connection, name, times, say=_say)
+    prepared = entry.prepare(request)
+    made = entry.schedule(prepared, KfpApi(Connection(host, namespace)), name, times, say=_say)
     _say(f"{'scheduled' if made else 'scheduled already'}: {name}, {times.text}")
     for moment in itertools.islice(times.after(datetime.now()), 3):
         _say(f"  {moment:%a %Y-%m-%d %H:%M:%S}")
@@ -164,7 +171,7 @@ def unschedule(
     """Remove a schedule; runs that it started stay."""
     from pipelines import submit as entry
 
-    entry.unschedule(Connection(host, namespace), name)
+    entry.unschedule(KfpApi(Connection(host, namespace)), name)
     _say(f"removed the schedule {name}")
 
 
@@ -179,10 +186,9 @@ def wait(
 ) -> None:
     """Wait until a run has ended.
 
-    Exit code: 0; that of the stage that failed; 143 if it was cancelled; 75 after the timeout.
+    Exit code: 0; that of the stage that failed; 143 if it was cancelled; 124 after the timeout.
     """
     from pipelines.following import find_run
-    from pipelines.kfp_api import KfpApi
 
     api = KfpApi(Connection(host, namespace))
     _wait(api, str(find_run(api, run).run_id), timeout, poll, summary)
@@ -197,11 +203,10 @@ def logs(
 ) -> None:
     """Print what the stages of a run logged."""
     from pipelines import following
-    from pipelines.kfp_api import KfpApi
 
     stages = following.stage_names(stage)
     api = KfpApi(Connection(host, namespace))
-    following.logs(following.find_run(api, run), stages, namespace or "kubeflow", _say)
+    following.logs(following.find_run(api, run), stages, api.pods_namespace, _say)
 
 
 def cancel(
@@ -212,7 +217,6 @@ def cancel(
 ) -> None:
     """Stop a run; submitting it again with the same --run-id continues it."""
     from pipelines import following
-    from pipelines.kfp_api import KfpApi
 
     api = KfpApi(Connection(host, namespace))
     found = following.find_run(api, run)
@@ -222,6 +226,30 @@ def cancel(
         if stopped
         else f"{found.display_name} has ended already: {found.state.lower()}"
     )
+
+
+def collect_garbage(
+    keep: Annotated[int, typer.Option("--keep", help="How many of the newest runs of each model stay as they are.")],
+    root: Annotated[str | None, typer.Option("--root", envvar="RFDETR_ROOT", help="The store.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Do it; without this it is only shown.")] = False,
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Remove old runs, datasets that nothing uses, checkpoints of registered runs; nothing that the registry needs."""
+    if root is None:
+        raise ConfigError("no store to look at", hint="give --root s3://bucket/prefix, or set RFDETR_ROOT")
+    from pipelines.housekeeping import carry_out, plan
+
+    place = location(root)
+    made = plan(place, keep=keep)
+    for note in made.notes:
+        _say(f"note: {note}")
+    if delete:
+        carry_out(place, made, _say)
+    else:
+        for removal in made.removals:
+            _say(f"{removal.size / 1e6:10.1f} MB  {removal.folder}: {removal.reason}")
+    done = "removed" if delete else "to remove; --delete does it"
+    _say(f"{made.size / 1e9:.3f} GB in {len(made.removals)} places {done}")
 
 
 def _request(

@@ -13,12 +13,18 @@ from components.stages import CONTAINERS, DAG
 from pipelines.cluster_checks import pod_log
 from pipelines.kfp_api import KfpApi, NotLoggedInError
 from pipelines.submit import ACTIVE, Say
-from rfdetr_core.errors import ExitError, MissingObjectError, TransientError, UserError
+from rfdetr_core.errors import ExitError, MissingObjectError, RFDETRError, TransientError, UserError
 from rfdetr_core.storage import Location, location
 
 CANCELLED, KILLED = 143, 137
 FIRST_POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 900.0  # with an API that does not answer while a run goes on
+
+
+class StillRunningError(RFDETRError):
+    """Waiting took too long; the run goes on. As timeout(1) ends: 75 may be the code of a stage."""
+
+    exit_code = 124
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def wait(
         poll: seconds between two looks; the first ones follow sooner.
 
     Raises:
-        TransientError: the timeout is over, and the run goes on; or the API has not answered for a quarter of an hour.
+        StillRunningError: the timeout is over, and the run goes on.
+        TransientError: the API has not answered for a quarter of an hour.
         UserError: there is no such run, or the credentials are refused also when they are read anew.
     """
     begun, answered, pause, told = clock(), clock(), min(FIRST_POLL_SECONDS, poll), dict[str, str]()
@@ -96,7 +103,7 @@ def wait(
             if clock() - answered > PATIENCE_SECONDS:
                 raise
         if timeout is not None and clock() - begun + pause > timeout:
-            raise TransientError(
+            raise StillRunningError(
                 f"{kfp_run_id} has not ended after {timeout / 60:.0f} minutes, and goes on",
                 hint=f"rfdetr-pipeline wait {kfp_run_id} waits on",
             )

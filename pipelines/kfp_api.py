@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipelines.cluster_checks import load_cluster_config
 from rfdetr_core.errors import ConfigError, RFDETRError, TransientError, UserError
 
 TIMEOUT_SECONDS = (10, 60)  # to connect, to answer
@@ -66,6 +67,7 @@ class KfpApi:
         self.pipelines, self.runs = self.client._pipelines_api, self.client._run_api
         self.schedules, self.experiments = self.client._recurring_run_api, self.client._experiment_api
         rest = self.runs.api_client.rest_client
+        rest.pool_manager.connection_pool_kw["retries"] = 0  # urllib3's own would come on top of ours
         send = rest.request
 
         def request(method: str, url: str, **options: Any) -> Any:
@@ -79,6 +81,11 @@ class KfpApi:
         """What the API is told: a KFP of one namespace wants none."""
         return self._connection.namespace if self.multi_user else None
 
+    @property
+    def pods_namespace(self) -> str:
+        """Where the pods of runs are."""
+        return self._connection.namespace or "kubeflow"
+
     def _send(self, send: Callable[..., Any], method: str, url: str, options: dict[str, Any]) -> Any:
         """Again where the answer is transient, and again with fresh credentials after a 401. A POST is sent once:
         who creates something looks whether it is there before it tries again."""
@@ -87,7 +94,7 @@ class KfpApi:
 
         for wait in (*WAITS, None) if method in ("GET", "DELETE") else (None,):
             try:
-                return send(method, url, **options)
+                return _json_only(send(method, url, **options))
             except (ApiException, HTTPError) as error:
                 again = not isinstance(error, ApiException) or error.status in _TRANSIENT
                 if wait is None or not again:
@@ -201,21 +208,18 @@ def _client(connection: Connection) -> Any:
         )
 
 
+def _json_only(answer: Any) -> Any:
+    """Refuse a web page, as a gateway sends one to log in: kfp's client would take it for an answer without fields."""
+    if answer.data.strip()[:1] not in (b"", b"{", b"["):
+        raise ValueError("it sent a web page")
+    return answer
+
+
 def _need_kubeconfig() -> None:
     """Without an address kfp goes through the cluster's API server, and without a kubeconfig to localhost:80."""
-    from kubernetes import config
-
-    try:
-        config.load_incluster_config()
-        return
-    except config.ConfigException:
-        pass
-    try:
-        config.load_kube_config()
-    except (config.ConfigException, OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"no --host, and no kubeconfig that leads to a cluster: {_line(str(error))}", hint=_FORWARD
-        ) from None
+    reason = load_cluster_config()
+    if reason:
+        raise ConfigError(f"no --host, and no kubeconfig that leads to a cluster: {_line(reason)}", hint=_FORWARD)
 
 
 def _said(error: Any) -> str:

@@ -366,18 +366,24 @@ def load_profile(name: str) -> Profile:
         ConfigError: no such profile, or one that is not legal: one line with every problem.
     """
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
-    values = _read(path, name)
-    base = values.pop("extends", None)
-    if base is not None:
-        if base not in profile_names():
-            raise ConfigError(f"{path}: extends: {_no_such_profile(str(base))}")
-        values = merge(_read(PROFILES / f"{base}.yaml", str(base)), values)
-    defaults, stages = values.pop("defaults", None) or {}, values.pop("stages", None) or {}
+    values = _extended(path, name)
+    defaults, stages = values.pop("defaults", {}), values.pop("stages", {})
     if not isinstance(defaults, dict) or not isinstance(stages, dict):
         raise ConfigError(f"{path}: defaults and stages must be mappings")
-    given = {stage: stages.get(stage) or {} for stage in CONTAINERS}
+    given = {stage: stages.get(stage, {}) for stage in CONTAINERS}
     below = {stage: merge(defaults, said) if isinstance(said, dict) else said for stage, said in given.items()}
     return Profile.parse({"name": path.stem, **values, "stages": {**stages, **below}}, source=str(path))
+
+
+def _extended(path: Path, name: str) -> dict[str, Any]:
+    """What a file says, merged over what it extends."""
+    values = _read(path, name)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if base not in profile_names() or base == path.stem:
+        raise ConfigError(f"{path}: extends: {_no_such_profile(str(base))}")
+    return merge(_extended(PROFILES / f"{base}.yaml", str(base)), values)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipelines.changes import look_for_changes
 from pipelines.cluster_checks import check_cluster
 from pipelines.compiled import CompiledPipeline, compile_for
 from pipelines.cron import Cron
-from pipelines.kfp_api import Connection, ExistsError, KfpApi
+from pipelines.kfp_api import ExistsError, KfpApi
 from pipelines.platform import Profile
 from rfdetr_core.config import RunConfig, load_run_config, merge
 from rfdetr_core.errors import ConfigError, TransientError, UserError
@@ -122,16 +122,14 @@ def prepare(request: Request) -> Prepared:
     return Prepared(request, config, pipeline, {**parameters, "run_id": request.run_id}, upload)
 
 
-def submit(
-    prepared: Prepared, connection: Connection, *, if_changed: bool = False, say: Say = print
-) -> Submitted | None:
+def submit(prepared: Prepared, api: KfpApi, *, if_changed: bool = False, say: Say = print) -> Submitted | None:
     """Start the run, or find the one that was started already; None if `if_changed` finds nothing new.
 
     Raises:
         UserError: the API refuses, or something that the profile names is missing.
         TransientError: it does not answer.
     """
-    api = _connected(prepared, connection, say)
+    _look_at_cluster(prepared, api, say)
     if if_changed:
         overrides = _with_devices(prepared.request.overrides, prepared.parameters)
         store, request = location(prepared.request.root), prepared.request
@@ -157,7 +155,7 @@ def submit(
     return _submitted(prepared, _create_run(api, experiment, reference, prepared), created=True)
 
 
-def schedule(prepared: Prepared, connection: Connection, name: str, cron: Cron, *, say: Say = print) -> bool:
+def schedule(prepared: Prepared, api: KfpApi, name: str, cron: Cron, *, say: Say = print) -> bool:
     """Run it on a schedule, in the place of an older schedule of that name; False if it stands there already.
 
     Missed times are not made up for, and a run that lasts longer than a period keeps the next one waiting.
@@ -166,7 +164,7 @@ def schedule(prepared: Prepared, connection: Connection, name: str, cron: Cron, 
         UserError: the API refuses, or something that the profile names is missing.
         TransientError: it does not answer.
     """
-    api = _connected(prepared, connection, say)
+    _look_at_cluster(prepared, api, say)
     experiment = _experiment(api, prepared.experiment)
     pipeline_id, version_id = _version(api, prepared, say)
     found = _schedules(api, name)
@@ -198,13 +196,12 @@ def schedule(prepared: Prepared, connection: Connection, name: str, cron: Cron, 
     return True
 
 
-def unschedule(connection: Connection, name: str) -> None:
+def unschedule(api: KfpApi, name: str) -> None:
     """Remove a schedule; the runs that it started stay.
 
     Raises:
         UserError: there is none of that name, or the API refuses.
     """
-    api = KfpApi(connection)
     found = _schedules(api, name)
     if not found:
         with api.errors("list the schedules"):
@@ -254,12 +251,10 @@ def _refuse_local_paths(config: RunConfig) -> None:
             raise ConfigError(f"{name}: {uri} is on this machine, which the cluster does not see", hint="copy it to S3")
 
 
-def _connected(prepared: Prepared, connection: Connection, say: Say) -> KfpApi:
-    api = KfpApi(connection)
-    unseen = check_cluster(prepared.request.profile, connection.namespace or "kubeflow")
+def _look_at_cluster(prepared: Prepared, api: KfpApi, say: Say) -> None:
+    unseen = check_cluster(prepared.request.profile, api.pods_namespace)
     if unseen:
         say(unseen)
-    return api
 
 
 def _named(prepared: Prepared, run_id: str) -> Prepared:

@@ -32,7 +32,7 @@ SECTIONS = {
         PromoteConfig,
         {"metric": "map", "min_value": 0.0, "min_improvement": 0.0, "allow_unguarded_store": False},
     ),
-    "notify": (NotifyConfig, {"webhook_secret_env": None}),
+    "notify": (NotifyConfig, {"webhook_secret_env": None, "format": "auto"}),
 }
 
 

@@ -39,7 +39,11 @@ class Stub:
     calls: list[Call] = field(default_factory=list)
     kinds: dict[str, list[dict[str, Any]]] = field(
         default_factory=lambda: {
-            "experiments": [], "pipelines": [], "pipeline_versions": [], "runs": [], "recurring_runs": []
+            "experiments": [],
+            "pipelines": [],
+            "pipeline_versions": [],
+            "runs": [],
+            "recurring_runs": [],
         }
     )
     states: list[str] = field(default_factory=lambda: ["PENDING"])  # of a run, one look after the other
@@ -83,7 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         json_body = raw and "json" in (self.headers.get("Content-Type") or "")
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         body = json.loads(raw) if json_body else raw
-        stub.calls.append(Call(self.command, address.path, query, body, dict(self.headers.items())))
+        stub.calls.append(
+            Call(self.command, address.path, query, body, {name.lower(): value for name, value in self.headers.items()})
+        )
         if stub.login_page:
             return self._answer(200, b"<html><title>Log in</title></html>", "text/html")
         if stub.token and self.headers.get("Authorization") != f"Bearer {stub.token}":
@@ -101,14 +107,23 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(answer, said)
         return self._answer(200, json.dumps(answer).encode())
 
-    do_GET = do_POST = do_DELETE = _handle
+    def do_GET(self) -> None:
+        self._handle()
+
+    def do_POST(self) -> None:
+        self._handle()
+
+    def do_DELETE(self) -> None:
+        self._handle()
 
     def _act(self, path: str, query: dict[str, str], body: Any, raw: bytes) -> Any:
         stub = self.stub
         if path == "/healthz":
             return {"multi_user": stub.multi_user}
         if path == "/pipelines/upload_version":
-            return self._create("pipeline_versions", {"display_name": query["name"], "pipeline_id": query["pipelineid"]})
+            return self._create(
+                "pipeline_versions", {"display_name": query["name"], "pipeline_id": query["pipelineid"]}
+            )
         if match := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
             return self._list("pipeline_versions", query, pipeline_id=match[1])
         if match := re.fullmatch(r"/(experiments|pipelines|runs|recurringruns)", path):
@@ -142,7 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         rows = self.stub.kinds[kind]
         unique = kind in ("experiments", "pipelines", "pipeline_versions")
         same = [row for row in rows if row["display_name"] == body["display_name"]]
-        if unique and any(row.get("pipeline_id") == body.get("pipeline_id") or kind != "pipeline_versions" for row in same):
+        if unique and any(
+            row.get("pipeline_id") == body.get("pipeline_id") or kind != "pipeline_versions" for row in same
+        ):
             return 409
         key = {"pipeline_versions": "pipeline_version_id"}.get(kind, f"{kind[:-1]}_id")
         row = {**body, key: f"00000000-0000-4000-8000-{len(self.stub.calls):012d}"}
@@ -155,12 +172,14 @@ class _Handler(BaseHTTPRequestHandler):
         rows = [row for row in self.stub.kinds[kind] if all(row.get(key) == value for key, value in belongs.items())]
         if "filter" in query:
             [predicate] = json.loads(query["filter"])["predicates"]
-            assert predicate["operation"] == "EQUALS"
-            rows = [row for row in rows if row[predicate["key"]] == predicate["string_value"]]
+            assert predicate["operation"] in ("EQUALS", 1)
+            wanted = predicate.get("string_value") or predicate["stringValue"]
+            rows = [row for row in rows if row[predicate["key"]] == wanted]
         if query.get("sort_by") == "created_at desc":
             rows = rows[::-1]
         begin = int(query.get("page_token") or 0)
-        page: dict[str, Any] = {kind: rows[begin : begin + PAGE]} if rows else {}
+        key = kind.replace("recurring_runs", "recurringRuns")
+        page: dict[str, Any] = {key: rows[begin : begin + PAGE]} if rows else {}
         if begin + PAGE < len(rows):
             page["next_page_token"] = str(begin + PAGE)
         return page
