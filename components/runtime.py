@@ -265,7 +265,7 @@ def _config(stage: Stage, arguments: argparse.Namespace, run: Location) -> RunCo
     changed = parse_overrides(arguments.overrides or "{}")
     if arguments.gpu_count:  # unless the overrides say otherwise: GPUs that are paid for and idle are what nobody means
         if not arguments.gpu_count.isdecimal():
-            raise ConfigError(f"--gpu-count: {arguments.gpu_count!r} is no number", hint="give a whole number, such as 4")
+            raise ConfigError(f"--gpu-count: {arguments.gpu_count!r} is no number", hint="give one, such as 4")
         changed = merge({"train": {"devices": int(arguments.gpu_count)}}, changed)
     config = load_run_config(arguments.config, changed)
     text = dump_yaml(config)
