@@ -77,7 +77,7 @@ class Prepared:
     @property
     def version(self) -> str:
         """Name of the pipeline's version: equal content, equal name."""
-        return f"{self.request.profile.name}-{self.pipeline.digest[:12]}"
+        return self.pipeline.version
 
 
 @dataclass(frozen=True)

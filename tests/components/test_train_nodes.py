@@ -15,11 +15,12 @@ import kubeflow_trainer_api.models as trainer
 import pytest
 
 from components.cluster import Cluster
+from components.notify.stage import main as notify
 from components.runtime import StageContext, run_stage
 from components.train import nodes
 from components.train.nodes import delete_train_jobs, train_on_nodes
 from components.train.stage import STAGE
-from components.train.trainjob import SETTINGS, NodeSettings, name_of, run_key, train_job
+from components.train.trainjob import AWAITED, SETTINGS, NodeSettings, name_of, run_key, train_job
 from rfdetr_core.config import RunConfig, dump_yaml
 from rfdetr_core.errors import ConfigError, TransientError, UserError
 from rfdetr_core.publication import publish
@@ -392,6 +393,39 @@ class TestCancelled:
         assert delete_train_jobs(uris[0], cluster(api, tmp_path)) == [name_of(uris[0])]
         assert [name for _, name in api.objects] == [name_of(uris[1])]
         assert f"labelSelector=rfdetr%2Frun%3D{run_key(uris[0])}" in api.calls[-2][1]
+
+
+class TestAtTheEndOfARun:
+    """notify."""
+
+    @pytest.mark.parametrize(("awaited", "left"), [(True, []), (False, ["trainjobs"])])
+    def test_deletes_what_is_left(
+        self,
+        api: KubernetesStub,
+        run: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        awaited: bool,
+        left: list[str],
+    ) -> None:
+        monkeypatch.setattr(Cluster, "of_this_pod", lambda: cluster(api, tmp_path))
+        monkeypatch.delenv(AWAITED, raising=False)
+        if awaited:
+            monkeypatch.setenv(AWAITED, "true")
+        job = train_job(SETTINGS_OF_TWO, run_uri=location(str(run)).uri, nodes=2, devices=1, inputs="", attempt="")
+        cluster(api, tmp_path).create("apis/trainer.kubeflow.org/v1alpha1/trainjobs", job)
+        assert notify(["--run-uri", str(run), "--state", "CANCELLED"]) == 0
+        assert [kind for kind, _ in api.objects] == left
+        assert status(run, "notify").get("train_jobs") == ([job["metadata"]["name"]] if awaited else None)
+
+    def test_tells_all_the_same_if_it_may_not(
+        self, api: KubernetesStub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Cluster, "of_this_pod", lambda: cluster(api, tmp_path))
+        monkeypatch.setenv(AWAITED, "true")
+        api.refuse = lambda method, kind: 403
+        assert notify(["--run-uri", str(run), "--state", "FAILED"]) == 0
+        assert "403" in status(run, "notify")["train_jobs"] and (run / "summary.json").exists()
 
 
 class TestTheApi:

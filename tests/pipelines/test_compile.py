@@ -293,3 +293,13 @@ def test_the_digest_is_of_the_content(pipelines: dict[str, CompiledPipeline]) ->
 
 def test_sizes_of_memory() -> None:
     assert [quantity_bytes(text) for text in ("512Mi", "16Gi", "5G")] == [512 << 20, 16 << 30, 5 * 10**9]
+
+
+def test_as_resources_for_git(pipeline: CompiledPipeline) -> None:
+    """Of KFP's Kubernetes mode: both documents of the IR, which its API server reads out of them again."""
+    found, version = yaml.safe_load_all(pipeline.resources("kubeflow"))
+    assert (found["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert version["spec"]["pipelineName"] == found["metadata"]["name"] == "rfdetr-retrain"
+    assert version["metadata"]["name"] == f"rfdetr-retrain-{pipeline.profile.name}-{pipeline.digest[:12]}"
+    assert (version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]) == (pipeline.spec, pipeline.platform)
+    assert {found["metadata"]["namespace"], version["metadata"]["namespace"]} == {"kubeflow"}
