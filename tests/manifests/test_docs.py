@@ -24,7 +24,7 @@ COMMANDS = [
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 15 and {line.split()[0] for line in COMMANDS} <= {
-        "make", "kubectl", "sed", "aws", ".venv/bin/rfdetr-pipeline"
+        "make", "kubectl", "sed", "aws", "docker", ".venv/bin/rfdetr-pipeline"
     }  # fmt: skip
 
 
