@@ -450,6 +450,21 @@ class TestTheApi:
         assert hint in error["hint"] and "\n" not in error["message"]
         assert not api.objects
 
+    def test_rights_are_missed_before_anything_is_created(self, api: KubernetesStub, run: Path, tmp_path: Path) -> None:
+        api.refuse = lambda method, kind: 403 if kind == "pods" else 0
+        assert stage(api, run, tmp_path) == 2
+        assert api.called("POST", "trainjobs") == 0
+
+    def test_logs_that_may_not_be_read_stop_nothing(
+        self, api: KubernetesStub, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trains(api, run, tmp_path)
+        api.refuse = lambda method, kind: (
+            403 if method == "GET" and api.calls[-1][1].split("?")[0].endswith("log") else 0
+        )
+        assert stage(api, run, tmp_path) == 0
+        assert sum("logs cannot be read" in message for message in caplog.messages) == 1
+
     def test_it_may_be_away_for_a_while(self, api: KubernetesStub, run: Path, tmp_path: Path) -> None:
         trains(api, run, tmp_path)
         api.refuse = lambda method, kind: 503 if len(api.calls) in (1, 3, 4) else 0
