@@ -1,4 +1,4 @@
-"""The commands of docs/cluster.md: what needs a cluster is looked at, not run."""
+"""The commands of docs/installation.md: what needs a cluster is looked at, not run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.cli import app
 from pipelines.platform import load_profile
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
+PAGE = (ROOT / "docs" / "installation.md").read_text()
 COMMANDS = [
     line.strip()
     for block in re.findall(r"^ *```\n(.*?)^ *```", PAGE, re.MULTILINE | re.DOTALL)

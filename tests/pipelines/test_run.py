@@ -89,6 +89,8 @@ def test_every_stage_publishes_what_the_design_names(project: Project) -> None:
         assert manifest is not None, folder
         assert names <= set(manifest.files), folder
     assert (project.run / "config.yaml").exists() and (project.run / "provenance.json").exists()
+    assert project.json("summary.json")["state"] == "succeeded"
+    assert project.json("status/notify.json")["told"] == "nobody: notify.webhook_secret_env is null"
     for stage in STAGES:
         assert project.json(f"status/{stage}.json")["state"] == "succeeded"
         assert (project.run / "logs" / f"{stage}.log").read_text()
@@ -171,7 +173,8 @@ def test_the_same_run_id_again_does_nothing_quickly(project: Project) -> None:
     assert work < project.seconds / 3
     assert seconds < 60
     changed = {p.name for p, mtime in before.items() if p.stat().st_mtime_ns != mtime}
-    assert changed <= {"config.yaml", *(f"{stage}.log" for stage in STAGES)}
+    told = {"summary.json", "summary.md", "notify.log"}
+    assert changed <= {"config.yaml", *told, *(f"{stage}.log" for stage in STAGES)}
 
 
 @pytest.mark.slow
@@ -179,10 +182,11 @@ def test_a_failing_stage_ends_the_run_and_names_cause_and_remedy(project: Projec
     """Only export is changed, so the stages before it are done; it fails, and promote is not reached."""
     decision = (project.run / "promote" / "decision.json").read_bytes()
     champion = (project.root / "models" / "shapes" / "champion.json").read_bytes()
-    code, output = rfdetr_pipeline(
-        project.folder, "run", "--config", "config.yaml", "--run-id", "r1", "--set", "export.tolerance=1e-30"
-    )
-    assert code == 2
+    changes = ("--set", "export.tolerance=1e-30", "--set", "notify.webhook_secret_env=NOT_SET_ANYWHERE")
+    code, output = rfdetr_pipeline(project.folder, "run", "--config", "config.yaml", "--run-id", "r1", *changes)
+    assert code == 2  # notify, which fails as well, changes nothing of that
+    assert project.json("summary.json")["failed_stage"] == "export_onnx"
+    assert "NOT_SET_ANYWHERE" in project.json("status/notify.json")["error"]["message"]
     assert output.count("already done: s3://rfdetr/runs/r1/") == 4
     assert re.search(r"│ export_onnx +│ failed ", output) and re.search(r"│ promote +│ not started ", output)
     assert "export_onnx failed with exit code 2: model.onnx differs from the trained model" in output
