@@ -78,7 +78,7 @@ lock: $(READY) ## Pin all dependencies anew, with hashes: requirements-dev.txt a
 lock-images: $(READY) ## Pin what the images hold, and what submitting needs, at the versions of requirements-dev.txt
 	$(BIN)/python -m pip install --quiet uv
 	$(UV_COMPILE) pyproject.toml -c requirements-dev.txt --output-file $(REQUIREMENTS)/base.txt
-	for image in torch train export-onnx; do \
+	for image in torch train export-onnx submit; do \
 	  $(UV_COMPILE) pyproject.toml --extra image-$$image -c requirements-dev.txt --output-file $(REQUIREMENTS)/$$image.txt || exit; \
 	done
 	sed -n '/^  "kfp==/s/[ ",]//gp' pyproject.toml | \

@@ -156,8 +156,8 @@ def _refused(status: int, what: str, message: str) -> RFDETRError:
         return TransientError(said)
     hint = {
         401: "the token of the run's service account is not valid",
-        403: "give the run's service account the Role of manifests/ (docs/cluster.md), or name another one",
-        404: "is what it asks for installed in this cluster? docs/cluster.md lists what several nodes need",
+        403: "give the run's service account the Role of manifests/ (docs/installation.md), or name another one",
+        404: "is what it asks for installed in this cluster? docs/installation.md lists what several nodes need",
         422: "the cluster has another version of that kind, or a policy against it",
     }
     return UserError(said, hint=hint.get(status, "the cluster's administrator knows more"))

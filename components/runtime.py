@@ -265,7 +265,9 @@ def _config(stage: Stage, arguments: argparse.Namespace, run: Location) -> RunCo
         raise ConfigError("--config is missing", hint="give the run's YAML, a path or an s3:// URI")
     changed = parse_overrides(arguments.overrides or "{}")
     if arguments.gpu_count:  # unless the overrides say otherwise: GPUs that are paid for and idle are what nobody means
-        changed = merge({"train": {"devices": arguments.gpu_count}}, changed)
+        if not arguments.gpu_count.isdecimal():
+            raise ConfigError(f"--gpu-count: {arguments.gpu_count!r} is no number", hint="give one, such as 4")
+        changed = merge({"train": {"devices": int(arguments.gpu_count)}}, changed)
     config = load_run_config(arguments.config, changed)
     text = dump_yaml(config)
     (run / "config.yaml").write_bytes(text.encode())

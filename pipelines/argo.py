@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from hera.workflows import models
 
 from components.stages import DAG, NOTIFY, StageFacts
@@ -26,6 +25,7 @@ from pipelines.pods import (
     trainjob_environment,
     volumes,
 )
+from pipelines.yaml_files import dump_documents
 
 NAME = "rfdetr-retrain"
 EXECUTOR = "rfdetr-executor"
@@ -155,7 +155,7 @@ def as_yaml(*resources_: Any) -> str:
     """Resources as a file for `kubectl apply` or `argo`; the same bytes every time."""
     documents = [as_document(resource) for resource in resources_]
     head = "# RF-DETR retraining for Argo Workflows, by rfdetr-pipeline argo compile.\n"
-    return head + yaml.safe_dump_all(documents, sort_keys=True, allow_unicode=True, width=120)
+    return head + dump_documents(*documents)
 
 
 def _parameters(profile: Profile) -> list[dict[str, Any]]:
@@ -221,7 +221,7 @@ def _arguments(profile: Profile, stage: StageFacts) -> list[str]:
         gpus = profile.stage("train").gpus
         return [*arguments, *resolving, *(["--gpu-count", str(gpus)] if gpus else [])]
     if stage == NOTIFY:
-        return [*arguments, *resolving, "--state", "{{workflow.status}}", "--error", "{{workflow.failures}}"]
+        return [*arguments, *resolving, "--state", "{{workflow.status}}"]
     return arguments
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from components.images import DIGESTS, built_images, pinned_images
 from components.stages import CONTAINERS
 from pipelines.platform import Profile, load_profile
-from rfdetr_core.config import RunConfig, load_run_config, merge, parse_assignments, parse_overrides
+from pipelines.pods import refuse_nodes_without_trainjob
+from rfdetr_core.config import load_run_config, merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.storage import location
 
@@ -114,19 +115,6 @@ def submit(
     console.print(f"workflow {name} {state}", markup=False)
     console.print(f"results: {run_uri}", soft_wrap=True, markup=False)
     console.print(f"follow:  kubectl -n {cluster.namespace} get workflow {name} -w", soft_wrap=True, markup=False)
-
-
-def refuse_nodes_without_trainjob(config: RunConfig, profile: Profile) -> None:
-    """Refuse a training on several nodes where the profile has one.
-
-    Raises:
-        ConfigError: as the name says.
-    """
-    if config.train.num_nodes > 1 and profile.trainjob is None:
-        raise ConfigError(
-            f"train.num_nodes: {config.train.num_nodes}, and the profile {profile.name} trains on one node",
-            hint="use the profile multi-node, or one with a section trainjob",
-        )
 
 
 def secrets_of(profile: Profile) -> set[str]:

@@ -14,16 +14,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.argo import RETRIED
+from pipelines.cron import parse_cron
+from rfdetr_core.errors import ConfigError
 
 Json = dict[str, Any]
 
 _TAG = re.compile(r"\{\{(.*?)\}\}")
-_MONTH_NAMES = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTHS = {name: str(number) for number, name in enumerate(_MONTH_NAMES, start=1)}
-_DAYS = {name: str(number) for number, name in enumerate(("sun", "mon", "tue", "wed", "thu", "fri", "sat"))}
-_CRON: tuple[tuple[int, int, dict[str, str]], ...] = (
-    (0, 59, {}), (0, 23, {}), (1, 31, {}), (1, 12, _MONTHS), (0, 6, _DAYS)
-)  # fmt: skip
 
 
 def lint(documents: Sequence[Json], *, accounts: Collection[str] | None = None) -> list[str]:
@@ -84,19 +80,13 @@ def _schedule(spec: Json) -> Iterator[str]:
 
 def cron_problem(text: str) -> str:
     """Why this is no cron of five fields (minute, hour, day, month, day of the week); empty if it is one."""
-    fields = text.split()
-    if len(fields) != len(_CRON):
-        return f"{len(fields)} fields, not five: minute, hour, day, month, day of the week (no seconds, as KFP has)"
-    for field, (low, high, names) in zip(fields, _CRON, strict=True):
-        for part in field.lower().split(","):
-            value, slash, step = part.partition("/")
-            ends = ["0", "0"] if value == "*" else [names.get(end, end) for end in value.split("-", 1)]
-            numbers = [int(end) for end in ends if re.fullmatch(r"[0-9]{1,2}", end)]
-            within = value == "*" or all(low <= number <= high for number in numbers)
-            if len(numbers) < len(ends) or not within or (slash and not re.fullmatch(r"[1-9][0-9]*", step)):
-                return f"{part!r} is not within {low}-{high}"
-            if numbers[0] > numbers[-1]:
-                return f"{part!r} runs backwards"
+    count = len(text.split())
+    if count != 5:
+        return f"{count} fields, not five: minute, hour, day, month, day of the week (no seconds, as KFP has)"
+    try:
+        parse_cron(f"0 {text}")
+    except ConfigError as error:
+        return error.message.removeprefix("--cron: ")
     return ""
 
 

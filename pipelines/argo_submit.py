@@ -87,7 +87,7 @@ class ArgoCluster:
             if found is None:
                 raise UserError(
                     f"namespace {self.namespace} lacks the Secret {name} that the profile names",
-                    hint="kubectl create secret generic (docs/cluster.md)",
+                    hint="kubectl create secret generic (docs/installation.md)",
                 )
             if isinstance(found, _Forbidden):
                 unseen.append(f"the Secret {name}")

@@ -27,6 +27,10 @@ PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, spot-gpu, 
 PINNED = typer.Option("--pinned", help="Name images by the digests that make push wrote.")
 DIGESTS_FILE = typer.Option("--digests", help="The file that make push wrote.")
 CHOICES = typer.Option("--choices", help="Offer GPU types and counts as choices in the UI (KFP 2.16 or later).")
+RESOURCES = typer.Option(
+    "--resources",
+    help="Write a Pipeline and a PipelineVersion for kubectl, in this namespace (KFP in native mode).",
+)
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")
 SET = typer.Option("--set", help="Override one field, such as train.epochs=3; may be repeated.")
 OVERRIDES = typer.Option("--overrides", help='Override by a JSON object, such as \'{"train": {"epochs": 3}}\'.')
@@ -70,6 +74,7 @@ def compile_pipeline(
     pinned: Annotated[bool, PINNED] = False,
     digests: Annotated[Path, DIGESTS_FILE] = DIGESTS,
     choices: Annotated[bool, CHOICES] = False,
+    resources: Annotated[str | None, RESOURCES] = None,
 ) -> None:
     """Write the DAG as KFP IR YAML, for a cluster; the same bytes every time."""
     wanted, images = load_profile(profile), pinned_images(digests) if pinned else built_images()
@@ -77,7 +82,7 @@ def compile_pipeline(
 
     compiled = compile_for(wanted, images, choices=choices)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(compiled.text)
+    output.write_text(compiled.text if resources is None else compiled.resources(resources))
     console.print(f"wrote {output}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.platform import Profile
+from pipelines.yaml_files import dump_documents
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,46 @@ class CompiledPipeline:
     def text(self) -> str:
         """Both documents."""
         head = f"# RF-DETR retraining for the profile {self.profile.name}, by rfdetr-pipeline compile.\n"
-        return head + yaml.safe_dump_all([self.spec, self.platform], sort_keys=True, allow_unicode=True, width=120)
+        return head + dump_documents(self.spec, self.platform)
+
+    def resources(self, namespace: str) -> str:
+        """As resources of KFP's Kubernetes-native mode, for those who keep pipelines in git: a Pipeline and a version.
+
+        The version's name is of its content, as `submit` names it.
+        """
+        name = str(self.spec["pipelineInfo"]["name"])
+        labels = {"app.kubernetes.io/name": "rfdetr-pipeline"}
+        group = {"apiVersion": "pipelines.kubeflow.org/v2beta1"}
+        pipeline = {
+            **group,
+            "kind": "Pipeline",
+            "metadata": {"name": name, "namespace": namespace, "labels": labels},
+            "spec": {"displayName": self.spec["pipelineInfo"]["displayName"]},
+        }
+        version = {
+            **group,
+            "kind": "PipelineVersion",
+            "metadata": {"name": f"{name}-{self.version}", "namespace": namespace, "labels": labels},
+            "spec": {
+                "pipelineName": name,
+                "displayName": self.version,
+                "pipelineSpec": self.spec,
+                "platformSpec": self.platform,
+            },
+        }
+        head = f"# RF-DETR retraining for the profile {self.profile.name}, by rfdetr-pipeline compile --resources.\n"
+        return head + dump_documents(pipeline, version)
+
+    @property
+    def version(self) -> str:
+        """Name of a version of the pipeline: equal content, equal name."""
+        return f"{self.profile.name}-{self.digest[:12]}"
 
     @property
     def digest(self) -> str:
         """SHA-256 over its content, whichever release of kfp wrote it: equal pipelines have one version."""
         said = {name: value for name, value in self.spec.items() if name != "sdkVersion"}
-        return hashlib.sha256(yaml.safe_dump_all([said, self.platform], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(dump_documents(said, self.platform).encode()).hexdigest()
 
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any
 from components.stages import CONTAINERS, StageFacts
 from components.train.trainjob import AWAITED, SETTINGS, NodeSettings
 from pipelines.platform import CA_FOLDER, CACHES, SCRATCH, SHM, Profile, StageProfile, Toleration, quantity_bytes
+from rfdetr_core.config import RunConfig
+from rfdetr_core.errors import ConfigError
 
 CACHES_SIZE = "2Gi"
 
@@ -144,3 +146,16 @@ def node_settings(profile: Profile, image: str) -> NodeSettings:
         annotations=dict(wanted.annotations),
         pod=pod,
     )
+
+
+def refuse_nodes_without_trainjob(config: RunConfig, profile: Profile) -> None:
+    """Refuse a training on several nodes where the profile has one.
+
+    Raises:
+        ConfigError: as the name says.
+    """
+    if config.train.num_nodes > 1 and profile.trainjob is None:
+        raise ConfigError(
+            f"train.num_nodes: {config.train.num_nodes}, and the profile {profile.name} trains on one node",
+            hint="use the profile multi-node, or one with a section trainjob",
+        )

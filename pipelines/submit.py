@@ -22,6 +22,7 @@ from pipelines.compiled import CompiledPipeline, compile_for
 from pipelines.cron import Cron
 from pipelines.kfp_api import ExistsError, KfpApi
 from pipelines.platform import Profile
+from pipelines.pods import refuse_nodes_without_trainjob
 from rfdetr_core.config import RunConfig, load_run_config, merge
 from rfdetr_core.errors import ConfigError, TransientError, UserError
 from rfdetr_core.storage import location
@@ -76,7 +77,7 @@ class Prepared:
     @property
     def version(self) -> str:
         """Name of the pipeline's version: equal content, equal name."""
-        return f"{self.request.profile.name}-{self.pipeline.digest[:12]}"
+        return self.pipeline.version
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def prepare(request: Request) -> Prepared:
     overrides = _with_devices(request.overrides, gpus)
     config = load_run_config(request.config, overrides)
     _refuse_local_paths(config)
+    refuse_nodes_without_trainjob(config, request.profile)
     pipeline = compile_for(request.profile, request.images, choices=request.choices)
     root = location(request.root).uri
     place, upload = location(request.config), None

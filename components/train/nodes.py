@@ -89,6 +89,7 @@ class _Watch:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name = cluster, name
         self._answered = time.monotonic()
+        self._deaf = False  # their logs cannot be read
         self._told: dict[str, str] = {}  # pod → time stamp of the last line that was told
         self._waiting: dict[str, tuple[str, float]] = {}  # pod → why it waits, since when
 
@@ -137,7 +138,14 @@ class _Watch:
         name = pod["metadata"]["name"]
         last = self._told.get(name, "")
         since = f"{last[:19]}Z" if last else ""
-        for line in self.ask(lambda: self.cluster.log(name, container=CONTAINER, since=since)):
+        try:
+            lines = self.ask(lambda: self.cluster.log(name, container=CONTAINER, since=since))
+        except UserError as error:  # training goes on unseen
+            if not self._deaf:
+                log.warning("the nodes' logs cannot be read: %s", error)
+            self._deaf = True
+            return
+        for line in lines:
             stamp, _, text = line.partition(" ")
             if stamp > last:
                 log.info("node %s: %s", _node(pod), text)
@@ -180,6 +188,7 @@ def _create_or_find(watch: _Watch, job: dict[str, Any]) -> str:
     be published, and this stage would not be here.
     """
     cluster, name = watch.cluster, watch.name
+    watch.pods()  # whoever may not see them is told so before anything is created
     deadline = time.monotonic() + GOING_SECONDS
     while True:
         try:

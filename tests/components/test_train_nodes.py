@@ -15,11 +15,12 @@ import kubeflow_trainer_api.models as trainer
 import pytest
 
 from components.cluster import Cluster
+from components.notify.stage import main as notify
 from components.runtime import StageContext, run_stage
 from components.train import nodes
 from components.train.nodes import delete_train_jobs, train_on_nodes
 from components.train.stage import STAGE
-from components.train.trainjob import SETTINGS, NodeSettings, name_of, run_key, train_job
+from components.train.trainjob import AWAITED, SETTINGS, NodeSettings, name_of, run_key, train_job
 from rfdetr_core.config import RunConfig, dump_yaml
 from rfdetr_core.errors import ConfigError, TransientError, UserError
 from rfdetr_core.publication import publish
@@ -394,6 +395,39 @@ class TestCancelled:
         assert f"labelSelector=rfdetr%2Frun%3D{run_key(uris[0])}" in api.calls[-2][1]
 
 
+class TestAtTheEndOfARun:
+    """notify."""
+
+    @pytest.mark.parametrize(("awaited", "left"), [(True, []), (False, ["trainjobs"])])
+    def test_deletes_what_is_left(
+        self,
+        api: KubernetesStub,
+        run: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        awaited: bool,
+        left: list[str],
+    ) -> None:
+        monkeypatch.setattr(Cluster, "of_this_pod", lambda: cluster(api, tmp_path))
+        monkeypatch.delenv(AWAITED, raising=False)
+        if awaited:
+            monkeypatch.setenv(AWAITED, "true")
+        job = train_job(SETTINGS_OF_TWO, run_uri=location(str(run)).uri, nodes=2, devices=1, inputs="", attempt="")
+        cluster(api, tmp_path).create("apis/trainer.kubeflow.org/v1alpha1/trainjobs", job)
+        assert notify(["--run-uri", str(run), "--state", "CANCELLED"]) == 0
+        assert [kind for kind, _ in api.objects] == left
+        assert status(run, "notify").get("train_jobs") == ([job["metadata"]["name"]] if awaited else None)
+
+    def test_tells_all_the_same_if_it_may_not(
+        self, api: KubernetesStub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Cluster, "of_this_pod", lambda: cluster(api, tmp_path))
+        monkeypatch.setenv(AWAITED, "true")
+        api.refuse = lambda method, kind: 403
+        assert notify(["--run-uri", str(run), "--state", "FAILED"]) == 0
+        assert "403" in status(run, "notify")["train_jobs"] and (run / "summary.json").exists()
+
+
 class TestTheApi:
     """What it may answer."""
 
@@ -415,6 +449,21 @@ class TestTheApi:
         assert error["message"].startswith(f"Kubernetes API: POST trainjobs in namespace ml: {answer} ")
         assert hint in error["hint"] and "\n" not in error["message"]
         assert not api.objects
+
+    def test_rights_are_missed_before_anything_is_created(self, api: KubernetesStub, run: Path, tmp_path: Path) -> None:
+        api.refuse = lambda method, kind: 403 if kind == "pods" else 0
+        assert stage(api, run, tmp_path) == 2
+        assert api.called("POST", "trainjobs") == 0
+
+    def test_logs_that_may_not_be_read_stop_nothing(
+        self, api: KubernetesStub, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trains(api, run, tmp_path)
+        api.refuse = lambda method, kind: (
+            403 if method == "GET" and api.calls[-1][1].split("?")[0].endswith("log") else 0
+        )
+        assert stage(api, run, tmp_path) == 0
+        assert sum("logs cannot be read" in message for message in caplog.messages) == 1
 
     def test_it_may_be_away_for_a_while(self, api: KubernetesStub, run: Path, tmp_path: Path) -> None:
         trains(api, run, tmp_path)

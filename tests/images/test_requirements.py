@@ -74,3 +74,18 @@ def test_slim_images_have_no_torch_and_the_containerfile_installs_every_file() -
     for stage, file in IMAGES.items():
         wanted = file if file in ("base", "torch") else "torch"
         assert f"FROM {wanted} AS {stage.replace('_', '-')}\n" in containerfile
+
+
+def test_the_image_that_submits_holds_whatever_submit_imports() -> None:
+    """Of the modules that it loads: those of Argo and of local containers come only when their commands are used."""
+    unused = ("pipelines.argo_submit", "pipelines.argo", "pipelines.containers", "pipelines.s3_server")
+    wanted: set[str] = set()
+    for name, path in modules():
+        if name.startswith("pipelines") and not name.startswith(unused):
+            wanted |= {i.split(".")[0] for i in imports(path)}
+    foreign = wanted - set(sys.stdlib_module_names) - {"rfdetr_core", "components", "pipelines"}
+    names = {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in foreign}
+    assert {"kfp", "kubernetes", "typer"} <= names
+    assert names - set(pins(REQUIREMENTS / "submit.txt")) == set()
+    containerfile = (ROOT / "images" / "Containerfile").read_text()
+    assert "FROM base AS submit\nENV PYTHONPATH=/app\n" in containerfile  # else kfp without kfp.kubernetes

@@ -209,7 +209,7 @@ class TestSchedule:
 @pytest.mark.parametrize("profile", sorted(MANIFESTS.glob("**/profile.yaml")), ids=lambda path: path.parent.name)
 def test_profiles_beside_overlays(profile: Path) -> None:
     found, name = load_profile(str(profile)), profile.parent.name
-    assert found.service_account in of_kind(name, "ServiceAccount")
+    assert found.service_account in {**of_kind("base", "ServiceAccount"), **of_kind(name, "ServiceAccount")}
     if found.s3.secret is not None:
         launcher = yaml.safe_load(of_kind(name, "ConfigMap")["kfp-launcher"]["data"]["providers"])["s3"]["default"]
         secret = launcher["credentials"]["secretRef"]

@@ -19,8 +19,10 @@ from components.images import built_images
 from components.stages import CONTAINERS, DAG, NOTIFY, STAGES, StageFacts
 from pipelines.compiled import CompiledPipeline, compile_for
 from pipelines.platform import Profile, load_profile, profile_names, quantity_bytes
+from pipelines.pods import trainjob_environment
 from tests.pipelines import golden_ir
 
+AROUND_A_TRAINJOB = ("validate_dataset", "train", "notify")
 ALL = [(profile, stage) for profile in profile_names() for stage in CONTAINERS]
 
 
@@ -173,7 +175,7 @@ def test_every_input_is_described_and_only_two_have_to_be_given(pipeline: Compil
 def test_every_task_carries_what_its_profile_says(
     pipelines: dict[str, CompiledPipeline], profile: str, stage: str
 ) -> None:
-    pipeline, wanted = pipelines[profile], load_profile(profile).stage(stage)
+    pipeline, wanted = pipelines[profile], load_profile(profile).task(stage)
     resources, settings = container(pipeline, stage)["resources"], on_kubernetes(pipeline, stage)
     for kind in ("Request", "Limit"):
         assert resources[f"resourceCpu{kind}"] == wanted.cpu
@@ -197,7 +199,10 @@ def test_every_task_carries_what_its_profile_says(
         "backoffMaxDuration": f"{wanted.retry.longest_wait_seconds}s",
     }
     assert [t["key"] for t in settings.get("tolerations", [])] == [t.key for t in wanted.tolerations]
-    assert {e["name"]: e["value"] for e in container(pipeline, stage)["env"]} == {"RFDETR_IMAGE": built_images()[stage]}
+    environment = {e["name"]: e["value"] for e in container(pipeline, stage)["env"]}
+    assert environment.pop("RFDETR_IMAGE") == built_images()[stage]
+    nodes = trainjob_environment(load_profile(profile), CONTAINERS[stage], built_images()[stage])
+    assert environment == nodes and bool(nodes) == (profile == "multi-node" and stage in AROUND_A_TRAINJOB)
 
 
 def gpu_stages(profile: Profile) -> list[StageFacts]:
@@ -288,3 +293,13 @@ def test_the_digest_is_of_the_content(pipelines: dict[str, CompiledPipeline]) ->
 
 def test_sizes_of_memory() -> None:
     assert [quantity_bytes(text) for text in ("512Mi", "16Gi", "5G")] == [512 << 20, 16 << 30, 5 * 10**9]
+
+
+def test_as_resources_for_git(pipeline: CompiledPipeline) -> None:
+    """Of KFP's Kubernetes mode: both documents of the IR, which its API server reads out of them again."""
+    found, version = yaml.safe_load_all(pipeline.resources("kubeflow"))
+    assert (found["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert version["spec"]["pipelineName"] == found["metadata"]["name"] == "rfdetr-retrain"
+    assert version["metadata"]["name"] == f"rfdetr-retrain-{pipeline.profile.name}-{pipeline.digest[:12]}"
+    assert (version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]) == (pipeline.spec, pipeline.platform)
+    assert {found["metadata"]["namespace"], version["metadata"]["namespace"]} == {"kubeflow"}
