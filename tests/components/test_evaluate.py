@@ -160,7 +160,7 @@ def test_a_champion_whose_files_are_gone_ends_the_stage(run: Run, lost: str) -> 
     assert run() == 2
     error = run.error()
     assert "r0, the champion of shapes, cannot be evaluated" in error["message"]
-    assert "rfdetr-pipeline models rollback shapes" in error["hint"] and str(place) in error["hint"]
+    assert "rfdetr-pipeline models rollback shapes --root" in error["hint"] and str(place) in error["hint"]
 
 
 def test_a_champion_that_is_no_model_ends_the_stage(run: Run) -> None:
