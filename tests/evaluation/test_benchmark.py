@@ -32,5 +32,5 @@ def test_a_side_that_is_not_installed_has_a_row_that_says_so(
 
 def test_other_numbers_than_those_of_pycocotools_fail(capsys: pytest.CaptureFixture[str]) -> None:
     run = {"seconds": 2.0, "peak_mib": 100.0, "numbers": [0.5]}
-    with pytest.raises(SystemExit, match="the numbers differ by 1.0e-03"):
+    with pytest.raises(SystemExit, match=r"the numbers differ by 1\.0e-03"):
         evaluation.report({"ours": [{**run, "numbers": [0.501]}], "pycocotools": [run]})
