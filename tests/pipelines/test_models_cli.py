@@ -140,6 +140,9 @@ def test_a_version_that_is_not_whole_becomes_no_champion(
         onnx.unlink()
     else:
         onnx.write_bytes(onnx.read_bytes()[:-1] + (b"" if damage == "cut short" else b"X"))
+    if damage != "altered":  # which only reading all of it can tell
+        output = models(store, capsys, "list")[1]
+        assert "damaged" in output and "champion" in output
     for arguments in (["rollback", NAME], ["promote", NAME, "r2"]):
         code, output = models(store, capsys, *arguments)
         assert code == 2 and "model.onnx" in output, output
