@@ -75,7 +75,13 @@ def test_show_prints_the_chain_from_the_model_to_the_images(filled: Path, capsys
     manifest = Registry(location(str(filled)), NAME).manifest("r4")
     chain = output[output.index("\nmodel.onnx ") :]
     links = [manifest.files["model.onnx"].sha256, "77" * 32, "runs/r4, seed 7", "random weights", "compared with   r2"]
-    links += ["registry/train@sha256:1", "on dataset      d1", "s3://data/cells", "90 images, 300 boxes", "cell"]
+    links += [
+        "registry/train@sha256:1",
+        "on dataset      d1",
+        "s3://data/cells",
+        "90 images, 300 boxes",
+        "of classes      cell",
+    ]
     places = [chain.index(link) for link in links]
     assert places == sorted(places)
     assert "cells r3\n" in models(filled, capsys, "show", NAME, "r3")[1]
