@@ -26,7 +26,7 @@ import onnxruntime
 import torch
 
 from benchmarks.model import REFERENCE_PYTHON
-from benchmarks.sides import CLASSES
+from benchmarks.sides import CLASSES, reference_class
 from rfdetr_core.config import ExportConfig, ModelConfig
 from rfdetr_core.export.onnx import export_onnx
 from rfdetr_core.models.detector import RFDETR
@@ -65,7 +65,8 @@ def export_all(variant: str, folder: Path) -> dict[str, Path]:
     module, weights = RFDETR(config).eval(), folder / f"{variant}.pth"
     fill_w1(module, keep=False)
     torch.save({"model": module.state_dict()}, weights)
-    command = [REFERENCE_PYTHON, Path(__file__).with_name("onnx_reference.py"), variant, weights, folder]
+    program = Path(__file__).with_name("onnx_reference.py")
+    command = [REFERENCE_PYTHON, "-P", program, reference_class(variant), weights, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stderr[-2000:]}error: the reference does not export")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pipelines.local import BUCKET, RUNS
-from rfdetr_core.errors import ConfigError, MissingObjectError
+from rfdetr_core.errors import ConfigError, MissingObjectError, PublicationError
 from rfdetr_core.publication import fetch
 from rfdetr_core.registry import Champion, Registry, model_names
 from rfdetr_core.storage import Location, location
@@ -40,28 +41,35 @@ def list_models(
     root: Annotated[str | None, ROOT] = None,
     debug: Annotated[bool, DEBUG] = False,
 ) -> None:
-    """Versions and champions, the newest last."""
+    """Versions and champions, by name."""
     store = _store(root)
     names = [name] if name else model_names(store)
-    table = Table(
-        "model", "version", "", Column("mAP", justify="right"), Column("mAP50", justify="right"), "of test", "made"
-    )
+    scores = (Column("mAP", justify="right"), Column("mAP50", justify="right"))
+    table = Table("model", "version", "", *scores, "of test", "made")
     rows = 0
     for model in names:
         registry = Registry(store, model)
         champion = registry.champion()
-        versions = [(registry.manifest(version).created, version) for version in registry.versions()]
-        for made, version in sorted(versions):
-            metrics = _json(registry, version, "metrics.json")
-            row, mark = metrics["candidate"], "champion" if champion and champion.version == version else ""
-            digest = str(metrics["test_digest"])[:8]
-            table.add_row(model, version, mark, f"{row['map']:.3f}", f"{row['map50']:.3f}", digest, made)
+        for version in registry.versions():
+            mark = "champion" if champion and champion.version == version else ""
+            table.add_row(model, version, *_row(registry, version, mark))
             rows += 1
     if rows:
         console.print(table)
         console.print("Numbers of different test digests were measured on different images.")
     else:
         console.print(f"no versions{f' of {name}' if name else ''} in {store.uri}", soft_wrap=True, markup=False)
+
+
+def _row(registry: Registry, version: str, mark: str) -> tuple[str, ...]:
+    """What `list` says of a version; one that is damaged must not hide the others."""
+    try:
+        made = registry.manifest(version).created
+        metrics = _json(registry, version, "metrics.json")
+    except PublicationError:
+        return (f"{mark} damaged".strip(), "", "", "", "")
+    row = metrics["candidate"]
+    return (mark, f"{row['map']:.3f}", f"{row['map50']:.3f}", str(metrics["test_digest"])[:8], made)
 
 
 @models.command()
@@ -244,8 +252,6 @@ def _move(
 
 def _json(registry: Registry, version: str, name: str, *, whole: bool = False) -> Any:
     """A JSON file of a version, verified against its manifest; with `whole`, so is every other file."""
-    import tempfile
-
     place = registry.version(version)
     with tempfile.TemporaryDirectory(prefix="rfdetr-models-") as scratch:
         folder = fetch(place, Path(scratch), names=None if whole else [name], progress=False)

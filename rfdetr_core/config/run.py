@@ -85,6 +85,9 @@ class RunConfig(Config):
         problems = [*self._foreign_fields(), *unbuilt_problems(self)]
         if (wrong := self.export.shape_problem(self.model.block)) is not None:
             problems.append(wrong)
+        if self.promote.max_p_value is not None and self.evaluate.bootstrap_samples == 0:
+            rule = "needs a bootstrap, and evaluate.bootstrap_samples is 0"
+            problems.append(not_allowed("promote.max_p_value", self.promote.max_p_value, rule, None))
         if problems:
             raise refusal(problems)
         return self

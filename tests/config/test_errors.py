@@ -22,7 +22,7 @@ from tests.config.helpers import error_of
             "train.gradient_checkpointing: unknown field; did you mean model.gradient_checkpointing?",
         ),
         ({"train": {"opset": 17}}, "train.opset: unknown field; did you mean export.opset?"),
-        ({"promote": {"tolerances": 1}}, "promote.tolerances: unknown field; did you mean export.logits_tolerance?"),
+        ({"promote": {"tolerances": 1}}, "promote.tolerances: unknown field; did you mean export.ap_tolerance?"),
         ({"dataset": {"uri": "x", "zzz": 1}}, "dataset.zzz: unknown field; known here: format, reduce, uri"),
         (
             {"qqq": 1},

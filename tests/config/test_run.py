@@ -149,6 +149,11 @@ def test_every_field_is_explained(path: str) -> None:
             'promote.allow_unguarded_store: "true" is not allowed: must be true or false (use true)',
         ),
         (
+            {"promote": {"max_p_value": 0.05}, "evaluate": {"bootstrap_samples": 0}},
+            "promote.max_p_value: 0.05 is not allowed: needs a bootstrap, and evaluate.bootstrap_samples is 0 "
+            "(use null)",
+        ),
+        (
             {"promote": {"min_class_ap": {"cell": 30}}},
             "promote.min_class_ap.cell: 30 is not allowed: must be at most 1 (use 1)",
         ),

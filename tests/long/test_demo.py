@@ -34,3 +34,14 @@ def test_it_is_the_champion(run: Path) -> None:
 def test_training_took_minutes(run: Path) -> None:
     """Under five on two quiet cores; twice that is let pass, because this machine may have other work."""
     assert json.loads((run / "train" / "result.json").read_text())["seconds"] <= 600
+
+
+def test_the_exported_model_is_proven_on_the_test_split(run: Path) -> None:
+    """A trained detector, 32 of its test images one by one, and AP on all of them."""
+    parity = json.loads((run / "export" / "parity.json").read_text())
+    assert parity["passed"] and (parity["images"], parity["batch_sizes"]) == (32, [1, 4])
+    assert parity["logits"] <= 1e-3 and parity["boxes"] <= 1e-4
+    assert parity["ap"]["difference"] <= 0.001 and parity["ap"]["onnxruntime"] > 0.3
+    assert {row["runtime"] for row in json.loads((run / "export" / "latency.json").read_text())["rows"]} == {
+        *("onnxruntime", "pytorch")
+    }

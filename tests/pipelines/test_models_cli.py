@@ -75,7 +75,13 @@ def test_show_prints_the_chain_from_the_model_to_the_images(filled: Path, capsys
     manifest = Registry(location(str(filled)), NAME).manifest("r4")
     chain = output[output.index("\nmodel.onnx ") :]
     links = [manifest.files["model.onnx"].sha256, "77" * 32, "runs/r4, seed 7", "random weights", "compared with   r2"]
-    links += ["registry/train@sha256:1", "on dataset      d1", "s3://data/cells", "90 images, 300 boxes", "cell"]
+    links += [
+        "registry/train@sha256:1",
+        "on dataset      d1",
+        "s3://data/cells",
+        "90 images, 300 boxes",
+        "of classes      cell",
+    ]
     places = [chain.index(link) for link in links]
     assert places == sorted(places)
     assert "cells r3\n" in models(filled, capsys, "show", NAME, "r3")[1]
@@ -140,6 +146,9 @@ def test_a_version_that_is_not_whole_becomes_no_champion(
         onnx.unlink()
     else:
         onnx.write_bytes(onnx.read_bytes()[:-1] + (b"" if damage == "cut short" else b"X"))
+    if damage != "altered":  # which only reading all of it can tell
+        output = models(store, capsys, "list")[1]
+        assert "damaged" in output and "champion" in output
     for arguments in (["rollback", NAME], ["promote", NAME, "r2"]):
         code, output = models(store, capsys, *arguments)
         assert code == 2 and "model.onnx" in output, output

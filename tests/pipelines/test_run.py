@@ -111,7 +111,15 @@ def test_the_champion_points_to_a_whole_version(project: Project) -> None:
     version = project.root / "models" / "shapes" / "versions" / "r1"
     manifest = read_manifest(location(str(version)))
     assert manifest is not None
-    assert {"model.onnx", "checkpoint_best_total.pth", "metrics.json", "provenance.json"} <= set(manifest.files)
+    files = {
+        "model.onnx",
+        "model.safetensors",
+        "checkpoint_best_total.pth",
+        "metrics.json",
+        "provenance.json",
+        "README.md",
+    }
+    assert files <= set(manifest.files)
     assert pointer["test_digest"] == project.json("evaluate/metrics.json")["test_digest"]
     assert project.json("promote/decision.json")["guarded"] is False
 
@@ -154,7 +162,7 @@ def test_the_promoted_onnx_finds_what_the_detections_file_says(project: Project)
     path = project.root / "models" / "shapes" / "versions" / "r1" / "model.onnx"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
-    side, names = int(metadata["resolution"]), json.loads(metadata["class_names"])
+    (side, _), names = json.loads(metadata["resolution"]), json.loads(metadata["class_names"])
     prepared = project.root / project.json("dataset/dataset.json")["location"]
     split = PreparedDataset(prepared).split("test")
     image = split.decode(0)
