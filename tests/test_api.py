@@ -206,9 +206,18 @@ class TestTrain:
         settings = {**SETTINGS, "batch_size": "auto", "auto_batch_target_effective": 2}
         RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
         found = json.loads((tmp_path / "probe.json").read_text())
-        assert (found["batch_size"], found["grad_accum_steps"], found["targets_per_image"]) == (2, 1, 3)
+        assert (found["batch_size"], found["grad_accum_steps"], found["worst_case"]["targets_per_image"]) == (2, 1, 3)
         monkeypatch.setattr(folder, "probe", None)
         RFDETRPico(**ARCHITECTURE).train(dataset_dir=coco, output_dir=tmp_path, **settings)
+
+    def test_a_probe_alone_tells_batch_and_cost_and_trains_nothing(self, coco: Path, tmp_path: Path) -> None:
+        model = RFDETRPico(**ARCHITECTURE)
+        found = model.probe(dataset_dir=coco, output_dir=tmp_path, price_per_hour=2.0, **{**SETTINGS, "batch_size": 2})
+        assert (found.batch_size, found.stopped_by, found.worst_case.targets) == (2, "given", 3)
+        assert found.cost.price == pytest.approx(2 * found.cost.hours) and found.cost.hours > 0
+        assert not list(tmp_path.glob("*.pth")) and not model.class_names
+        with pytest.raises(ConfigError, match="price_per_hour: -1 is not allowed"):
+            model.probe(dataset_dir=coco, output_dir=tmp_path, price_per_hour=-1, **SETTINGS)
 
     @pytest.mark.parameter("resolution", "num_select")
     def test_resolution_and_deprecated_fields_go_to_the_architecture(self, coco: Path, tmp_path: Path) -> None:

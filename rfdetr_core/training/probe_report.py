@@ -156,7 +156,7 @@ class _Panel:
         while x < end:
             self.draw.line([(x, row), (min(x + 8 * SCALE, end), row)], colour, 2 * SCALE)
             x += 14 * SCALE
-        self.draw.text((end, row - 4 * SCALE), text, colour, _font(13), anchor="rs")
+        self.draw.text((self.at(0, y)[0] + 8 * SCALE, row - 4 * SCALE), text, colour, _font(13), anchor="ls")
 
     def dot(self, x: float, y: float, colour: str, radius: int = 5) -> None:
         cx, cy = self.at(x, y)
@@ -204,7 +204,8 @@ def picture(found: Mapping[str, Any]) -> Image.Image:
     draw.line([speed.at(*point) for point in rates], BLUE, 2 * SCALE)
     for batch_size, rate in rates:
         speed.dot(batch_size, rate, BLUE)
-    _legend(draw, [(BLUE, "step tried"), (GREEN, f"chosen: {chosen}, as training runs it"), (GREY, "prediction")])
+    legend = [(BLUE, "step tried"), (GREEN, f"chosen: {chosen}, as training runs it"), (GREY, "prediction")]
+    _legend(draw, [*legend, *([(RED, "out of memory")] if len(measured) < len(attempts) else [])])
     return canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from components.probe_batch_size import stage as probe_batch_size
 from components.train import stage as train
 from components.validate_dataset import stage as validate_dataset
-from rfdetr_core.publication import MANIFEST
+from rfdetr_core.publication import MANIFEST, publish, read_manifest
+from rfdetr_core.storage import location
 from rfdetr_core.training import checkpoint
 from tests.training import tiny
 
@@ -103,3 +105,48 @@ def test_without_the_newest_checkpoint_a_periodic_one_serves(run: Run, lost: str
     assert run.result()["optimizer_steps"] == 10
     again = weights(run.checkpoints / checkpoint.BEST_TOTAL)
     assert again.keys() == whole.keys()
+
+
+class TestProbedElsewhere:
+    """probe.json of another device: the train stage probes anew, and says so."""
+
+    def elsewhere(self, run: Run) -> None:
+        """Let the probe's result be that of a GPU which this machine does not have."""
+        folder = location(str(run.place / "probe"))
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        path = run.place / "probe" / "probe.json"
+        document = json.loads(path.read_text())
+        document["device"] = {"kind": "cuda", "name": "A GPU", "memory_bytes": 80 * 2**30, "driver": ""}
+        path.write_text(json.dumps(document))
+        (run.place / "probe" / MANIFEST).unlink()
+        local = run.folder / "again"
+        shutil.copytree(run.place / "probe", local)
+        publish(local, folder, inputs=manifest.inputs)
+
+    def test_the_batch_is_proven_here(self, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(batch_size="auto", auto_batch_target_effective=2) == 0
+        assert "probed again" not in capsys.readouterr().out
+        assert run.result()["predicted_peak_bytes"] is None or run.result()["predicted_peak_bytes"] > 10**8
+        self.elsewhere(run)
+        assert train.main(["--run-uri", str(run.place), "--force"]) == 0
+        said = capsys.readouterr().out
+        assert "the batch size is probed again: it ran on A GPU, and this is cpu" in said
+        assert "the largest batch that this dataset can give fits: 2 images of 32 x 32 px" in said
+        assert run.result()["peak_memory_bytes"] > 10**8
+
+
+def test_the_probe_leaves_what_people_look_at(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"train": {**tiny.TRAIN, "batch_size": 2}, "probe": {"price_per_hour": 2.0}}
+    base = {"name": "shapes", "dataset": {"uri": str(run.data)}, "model": ARCHITECTURE}
+    path = run.folder / "config.yaml"
+    path.write_text(json.dumps({**base, **config}))
+    assert validate_dataset.main(["--run-uri", str(run.place), "--config", str(path)]) == 0
+    assert probe_batch_size.main(["--run-uri", str(run.place)]) == 0
+    said = capsys.readouterr().out
+    assert "batch 2 x 4 = 8 per device (the batch was given; safe: 2) on cpu" in said
+    assert "at 2 per hour" in said
+    found = json.loads((run.place / "probe" / "probe.json").read_text())
+    assert found["cost"]["price"] == pytest.approx(2 * found["cost"]["hours"])
+    assert (run.place / "probe" / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png" in (run.place / "probe" / "report.html").read_text()

@@ -144,7 +144,7 @@ def stopped(process: subprocess.Popen[str], marker: str, wait: float = 0.0) -> t
 def test_the_probe(folder: Path) -> None:
     # Large images: what is left of the search after its first step takes seconds, also where this test is waited for.
     prepared(folder, "probe", train={"batch_size": "auto"}, model={"resolution": 320})
-    _, seconds = stopped(stage(folder, "probe", "probe_batch_size"), "batch 1 at 320 px")
+    _, seconds = stopped(stage(folder, "probe", "probe_batch_size"), "batch 1 at 320 x 320 px")
     found = status(folder, "probe", "probe_batch_size")
     assert (found["state"], found["exit_code"]) == ("preempted", 143)
     assert seconds < GRACE_SECONDS

@@ -78,7 +78,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def test_every_stage_publishes_what_the_design_names(project: Project) -> None:
     wanted = {
         "dataset": {"dataset.json", "report.json", "report.html"},
-        "probe": {"probe.json"},
+        "probe": {"probe.json", "probe.png", "report.html"},
         "train": {"metrics.jsonl", "metrics.csv", "result.json", "checkpoints/checkpoint_best_total.pth"},
         "evaluate": {"metrics.json", "report.html", "detections.json", "confusion.json"},
         "export": {"model.onnx", "parity.json", "latency.json"},

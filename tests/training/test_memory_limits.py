@@ -112,9 +112,9 @@ def test_a_limit_below_one_image_is_an_error_and_no_kill() -> None:
     assert "does not fit on cpu even with batch size 1" in found["error"]
 
 
-@pytest.mark.parametrize(
-    "limit", [1100, pytest.param(2000, marks=pytest.mark.long), pytest.param(3000, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("limit", [1500, 2000, 3000])
 def test_the_safe_batch_survives_and_twice_as_much_does_not(limit: int) -> None:
     code, found = run_within(limit * MIB, PROBE, *WIDE)
     assert code == 0, found
