@@ -289,13 +289,20 @@ def _raising(batches: Iterator[Batch | RFDETRError], workers: int) -> Iterator[B
             batch = next(batches)
         except StopIteration:
             return
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
+        except Exception as error:
             # A batch of a worker that died meanwhile cannot be fetched; what it raised itself is marked by torch.
-            if not workers or str(error).startswith("Caught "):
-                raise
-            raise _worker_died(error) from error
+            gone = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+            if workers and gone and not str(error).startswith("Caught "):
+                raise _worker_died(error) from error
+            # Without torch's frames, one of which holds the error: a circle would keep the loader until the garbage
+            # collector comes, and workers that are stopped by that do not hear of it: it waits five seconds for each.
+            error.__traceback__ = None
+            raise
         if isinstance(batch, RFDETRError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # no circle here either
         yield batch
 
 

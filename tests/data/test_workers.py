@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -82,6 +84,23 @@ def test_full_shared_memory_is_told() -> None:
 def test_what_a_worker_raises_by_itself_is_passed_on() -> None:
     with pytest.raises(FileNotFoundError, match=r"image\.jpg"):
         load(absent)
+
+
+def unreadable() -> None:
+    raise DatasetError("image.jpg cannot be read")
+
+
+@pytest.mark.parametrize("how", [absent, unreadable, no_room])
+def test_after_an_error_no_process_waits_for_the_garbage_collector(how: Any) -> None:
+    """Nor does whoever meets it, for five seconds each: torch cannot tell them the end any more."""
+    before = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        with pytest.raises((FileNotFoundError, DatasetError)):
+            load(how)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
 
 
 def test_torchs_report_is_recognised() -> None:
