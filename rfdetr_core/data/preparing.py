@@ -20,7 +20,7 @@ import numpy as np
 from rfdetr_core.data.annotations import AnnotationTable, ClassMap
 from rfdetr_core.data.boxes import ValidSplit
 from rfdetr_core.data.findings import Report
-from rfdetr_core.data.pixels import JPEG_QUALITY, RESAMPLING, Encoded, encode
+from rfdetr_core.data.pixels import JPEG_QUALITY, JPEG_SUBSAMPLING, RESAMPLING, Encoded, encode
 from rfdetr_core.data.prepared import FORMAT_VERSION
 from rfdetr_core.data.shards import Row, ShardWriter, index_bytes, shard_name
 from rfdetr_core.data.statistics import split_statistics
@@ -62,7 +62,7 @@ def dataset_digest(class_map: ClassMap, splits: dict[str, ValidSplit], options: 
     """sha256 (hex) over all that decides the prepared bytes: equal sources give equal digests, wherever they lie."""
     head = {
         "format": FORMAT_VERSION,
-        "encoder": [JPEG_QUALITY, int(RESAMPLING)],
+        "encoder": [JPEG_QUALITY, JPEG_SUBSAMPLING, int(RESAMPLING)],
         "classes": class_map.names,
         "source_ids": class_map.source_ids,
         "options": options.to_json(),
