@@ -22,6 +22,11 @@ MAX_ANNOTATION_MB = 2048
 """Default of dataset.max_annotation_mb: parsed, a file takes some seven times its size of memory."""
 
 
+def leads_into(path: Path, root: Path) -> bool:
+    """Whether a path, with its links followed, lies below `root`; a loop of links leads nowhere."""
+    return f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(root).rstrip('/')}/")
+
+
 def read_annotation_file(path: Path, root: Path, max_mb: float) -> bytes:
     """The bytes of a file that describes images; no byte of one that is too large, or lies outside of `root`.
 
@@ -29,7 +34,7 @@ def read_annotation_file(path: Path, root: Path, max_mb: float) -> bytes:
         DatasetError: see above, or it cannot be read.
     """
     try:
-        if not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
+        if not leads_into(path, root):
             raise DatasetError(f"{path}: leads out of the dataset's folder", hint="put the file itself there")
         size = path.stat().st_size
         if size > max_mb * 1e6:

@@ -25,6 +25,7 @@ from rfdetr_core.data.formats.source import (
     Remark,
     SourceCategory,
     SourceSplit,
+    leads_into,
     read_annotation_file,
     shown,
 )
@@ -203,7 +204,7 @@ def _declared(
 
 def _is_file_within(path: Path, root: Path) -> bool:
     try:
-        return path.is_file() and path.resolve().is_relative_to(root)
+        return path.is_file() and leads_into(path, root)
     except OSError:
         return False
 
@@ -267,7 +268,7 @@ def _folders(root: Path, declared: Path) -> _Folders | None:
 
 
 def _is_within(folder: Path, root: Path) -> bool:
-    return is_folder(folder) and folder.resolve().is_relative_to(root)
+    return is_folder(folder) and leads_into(folder, root)
 
 
 def _image_names(folder: Path) -> list[str]:
@@ -392,7 +393,7 @@ def _tell_outside(labels: _Labels, remarks: _Remarks) -> None:
 
 def _label_text(path: Path, root: Path, split: str, remarks: _Remarks) -> str:
     try:
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        if path.is_symlink() and not leads_into(path, root):
             remarks.add("outside-dataset", f"{split}/{path.name}")
             return ""
         with path.open("rb") as file:
