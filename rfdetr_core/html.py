@@ -20,6 +20,7 @@ th { text-align: left; font-weight: 600 } td.number, th.number { text-align: rig
 .verdict { font-size: 1.1rem; padding: .6rem 1rem; border-left: 5px solid; margin: 1rem 0 }
 .good { border-color: var(--good) } .bad { border-color: var(--bad) } .warn { border-color: var(--warn) }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .8rem; opacity: .75; overflow-wrap: anywhere }
 img { width: 100%; height: auto }
 .beside { display: flex; flex-wrap: wrap; gap: 0 2rem } .beside > * { flex: 1 1 26rem; max-width: 34rem }
@@ -129,6 +130,36 @@ def line_chart(series: dict[str, tuple[Sequence[float], Sequence[float]]], *, x:
     parts.append(
         f'<text transform="translate(14 {10 + plot_h / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
     )
+    return "".join([*parts, "</svg>"])
+
+
+def bar_chart(labels: Sequence[str], series: dict[str, Sequence[int]], *, x: str) -> str:
+    """An SVG of counts, a group of bars per label and a colour per series, each relative to its own sum."""
+    width, height, left, bottom = 560, 190, 44, 40
+    plot_w, plot_h = width - left - 6, height - bottom - 12
+    shares = {name: [count / max(1, sum(counts)) for count in counts] for name, counts in series.items()}
+    top = max((share for row in shares.values() for share in row), default=0) or 1
+    group = plot_w / max(1, len(labels))
+    bar = group * 0.8 / max(1, len(series))
+    parts = [f'<svg viewBox="0 0 {width} {height + 18}" role="img" font-size="11" fill="currentColor">']
+    for part in (0, 0.5, 1):
+        y = 12 + (1 - part) * plot_h
+        parts.append(f'<line x1="{left}" x2="{width - 6}" y1="{y}" y2="{y}" stroke="#8884"/>')
+        parts.append(f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{part * top:.0%}</text>')
+    for i, label in enumerate(labels):
+        centre = left + (i + 0.5) * group
+        parts.append(f'<text x="{centre:.1f}" y="{height - 12}" text-anchor="middle">{escape(label)}</text>')
+        for k, (name, row) in enumerate(shares.items()):
+            tall = row[i] / top * plot_h
+            place = f'x="{centre + (k - len(series) / 2) * bar:.1f}" y="{12 + plot_h - tall:.1f}"'
+            title = f"<title>{escape(name)} {escape(label)}: {series[name][i]:,}</title>"
+            shape = f'{place} width="{bar:.1f}" height="{tall:.1f}" fill="{COLOURS[k % len(COLOURS)]}"'
+            parts.append(f"<rect {shape}>{title}</rect>")
+    parts.append(f'<text x="{left + plot_w / 2}" y="{height + 12}" text-anchor="middle">{escape(x)}</text>')
+    for k, name in enumerate(series):
+        at = left + 90 * k
+        parts.append(f'<rect x="{at}" y="0" width="10" height="8" fill="{COLOURS[k % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{at + 14}" y="8">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
 
 

@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "rfdetr_core.storage",
         "rfdetr_core.errors",
         "rfdetr_core.html",
+        "rfdetr_core.hardware",
     ),
     "rfdetr_core.evaluation": (
         "rfdetr_core.evaluation",

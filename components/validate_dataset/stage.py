@@ -1,7 +1,8 @@
 """validate_dataset: resolve the configuration, check the dataset, publish it in the prepared form.
 
 Slim: no torch. The prepared dataset goes to <root>/datasets/<digest>/ once and is shared by all runs; the run's
-own folder holds where it lies, and the report.
+own folder holds where it lies, and the report. What an unchanged dataset in a store was found to be is remembered in
+<root>/datasets/sources/, so that a scheduled run does not download it again.
 """
 
 from __future__ import annotations
@@ -11,80 +12,120 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from components.runtime import Stage, StageContext, run_stage
 from components.train.trainjob import AWAITED
 from components.validate_dataset.weights import check_weights
-from rfdetr_core.config import RunConfig
+from rfdetr_core.config import section_digest
+from rfdetr_core.data.annotations import ClassMap
+from rfdetr_core.data.boxes import ValidSplit
+from rfdetr_core.data.checks import CheckOptions
 from rfdetr_core.data.class_names import named
-from rfdetr_core.data.formats.layout import read_folder
-from rfdetr_core.data.prepared import PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.findings import Report
+from rfdetr_core.data.intake import local_dataset, remote_version, take_in
+from rfdetr_core.data.preparing import PrepareOptions, dataset_digest, publish_prepared, report_dropped
 from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
-from rfdetr_core.data.splitting import fill_missing_splits
-from rfdetr_core.data.validation import Report, ValidSplit, validate
 from rfdetr_core.errors import ConfigError, DatasetError
-from rfdetr_core.publication import publish, read_manifest
-from rfdetr_core.storage import location
+from rfdetr_core.publication import publish, read_manifest, seal
+from rfdetr_core.storage import Location
+
+DATA_FIELDS = (
+    "dataset",
+    "model.resolution",
+    "model.patch_size",
+    "model.num_windows",
+    "model.num_channels",
+    "model.num_queries",
+    "train.class_names",
+    "train.multi_scale",
+    "train.expanded_scales",
+)
+"""What the prepared dataset and its report depend on."""
 
 STAGE = Stage(
     name="validate_dataset",
     folder="dataset",
     summary="Check a dataset and publish it in the prepared form.",
     reads=(
-        "dataset",
-        "model.resolution",
-        "model.patch_size",
-        "model.num_windows",
-        "model.num_channels",
+        *DATA_FIELDS,
         "model.pretrain_weights",
         "model.encoder",
         "model.hidden_dim",
         "model.dec_layers",
-        "train.class_names",
         "train.resume",
-        "train.multi_scale",
-        "train.expanded_scales",
     ),
     resolves_config=True,
 )
+REMEMBERED = ("dataset.json", "report.json", "report.html")
 
 log = logging.getLogger("stage.validate_dataset")
 
 
+@dataclass
+class _Found:
+    """What is known of the dataset so far; the report is written from it however the stage ends."""
+
+    report: Report
+    class_map: ClassMap | None = None
+    splits: dict[str, ValidSplit] | None = None
+    document: dict[str, Any] | None = None
+
+
 def body(context: StageContext) -> None:
     """Write dataset.json, report.json and report.html, and weights.json; publish the prepared dataset if it is new."""
-    config, report = context.config, Report()
+    config = context.config
     _refuse_nodes_that_nobody_starts(context)
+    found = _Found(Report(CheckOptions.of(config.dataset, config.model)))
     check_weights(context)
-    source = _source_folder(context)
+    version = remote_version(config.dataset.uri, {"fields": section_digest(config, DATA_FIELDS)})
+    memory = None if version is None else context.root / f"datasets/sources/{version}"
+    if memory is not None and _recalled(context, memory):
+        return
     try:
-        class_map, splits = validate(read_folder(source, config.dataset.format), report)
-        class_map = named(class_map, config.train.class_names)
-        splits = fill_missing_splits(splits, report)
+        digest = _prepare(context, found)
     except DatasetError:
-        _write_report(context.output, config, report, None)
+        found.report.tell(log)
+        _write_report(context, found)
         context.target().upload_tree(context.output, progress=False)  # for people; unpublished, so no stage reads it
         raise
-    report.tell(log)
+    found.report.tell(log)
+    context.facts |= {"dataset_digest": digest}
+    described = {**(found.document or {}), "location": f"datasets/{digest}"}
+    (context.output / "dataset.json").write_text(json.dumps(described, indent=2) + "\n")
+    _write_report(context, found)
+    if memory is not None:
+        _remember(context, memory, digest)
 
+
+def _prepare(context: StageContext, found: _Found) -> str:
+    """Check the dataset, and publish its prepared form unless that is done; returns the digest."""
+    config, report = context.config, found.report
+    folder = local_dataset(config.dataset.uri, context.work, max_unpacked_gb=config.dataset.max_unpacked_gb)
+    class_map, splits = take_in(
+        folder, config.dataset.format, report, missing_test=config.dataset.missing_test, pixels=False
+    )
+    found.class_map, found.splits = named(class_map, config.train.class_names), splits
+    _tell(splits, found.class_map.names)
     limit = largest_useful_short_side(config.model, config.train) if config.dataset.reduce else None
     options = PrepareOptions(train_short_side=limit)
-    digest = dataset_digest(class_map, splits, options)
-    place = f"datasets/{digest}"
-    if read_manifest(context.root / place) is not None:
-        log.info("this dataset is prepared already: %s", place)
-        document = (context.root / place / "dataset.json").read_json()
+    digest = dataset_digest(found.class_map, splits, options)
+    place = context.root / f"datasets/{digest}"
+    if read_manifest(place) is not None:
+        log.info("this dataset is prepared already: datasets/%s", digest)
+        document = (place / "dataset.json").read_json()
+        report_dropped(document, report)
+        report.raise_errors(config.dataset.uri)
     else:
-        prepared = context.work / "prepared"
-        document = write_prepared(prepared, class_map, splits, options, source=config.dataset.uri)
-        publish(prepared, context.root / place, inputs=digest)
-    _tell(splits, class_map.names)
-    context.facts |= {"dataset_digest": digest}
-    (context.output / "dataset.json").write_text(json.dumps({**document, "location": place}, indent=2) + "\n")
-    _write_report(context.output, config, report, document)
+        scratch = context.work / "prepared"
+        document, sent = publish_prepared(
+            place, scratch, found.class_map, splits, options, source=config.dataset.uri, report=report
+        )
+        seal(place, inputs=digest, known=sent)
+    found.document = document
+    return digest
 
 
 def _refuse_nodes_that_nobody_starts(context: StageContext) -> None:
@@ -101,19 +142,33 @@ def _refuse_nodes_that_nobody_starts(context: StageContext) -> None:
         )
 
 
-def _source_folder(context: StageContext) -> Path:
-    """The dataset as a local folder; an S3 prefix is copied to the scratch folder."""
-    source = location(context.config.dataset.uri)
-    if source.local_path is not None:
-        return source.local_path
-    source.download_tree(context.work / "source")
-    return context.work / "source"
+def _recalled(context: StageContext, memory: Location) -> bool:
+    """Take over what an earlier run found of the same files, if the dataset it prepared is still there."""
+    if read_manifest(memory) is None:
+        return False
+    document = (memory / "dataset.json").read_json()
+    if read_manifest(context.root / document["location"]) is None:
+        return False
+    log.info("unchanged since it was prepared: %s", document["location"])
+    memory.download_tree(context.output, names=REMEMBERED, progress=False)
+    context.facts |= {"dataset_digest": document["digest"]}
+    return True
 
 
-def _write_report(folder: Path, config: RunConfig, report: Report, document: dict[str, Any] | None) -> None:
-    uri = config.dataset.uri
-    (folder / "report.json").write_text(json.dumps(report_json(uri, report, document), indent=2) + "\n")
-    (folder / "report.html").write_text(report_html(uri, report, document))
+def _remember(context: StageContext, memory: Location, digest: str) -> None:
+    folder = context.work / "remembered"
+    folder.mkdir()
+    for name in REMEMBERED:
+        (folder / name).write_bytes((context.output / name).read_bytes())
+    publish(folder, memory, inputs=digest, progress=False)
+
+
+def _write_report(context: StageContext, found: _Found) -> None:
+    uri, folder = context.config.dataset.uri, context.output
+    content = json.dumps(report_json(uri, found.report, found.document), indent=2)
+    (folder / "report.json").write_text(content + "\n")
+    page = report_html(uri, found.report, found.document, found.class_map, found.splits)
+    (folder / "report.html").write_text(page)
 
 
 def _tell(splits: dict[str, ValidSplit], names: tuple[str, ...]) -> None:

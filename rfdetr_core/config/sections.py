@@ -21,14 +21,30 @@ Unit = Annotated[Float, Field(ge=0, le=1)]
 
 
 class DatasetConfig(Config):
-    """Where the images and annotations are, and how they are taken in."""
+    """Where the images and annotations are, how they are taken in, and what is tolerated in them."""
 
     uri: Uri
-    """The dataset: a path, file:///path or s3://bucket/prefix."""
+    """The dataset: a path, file:///path or s3://bucket/prefix; a folder, or a .zip, .tar or .tar.gz archive."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
-    """Layout of the annotations; auto tells COCO (of Roboflow exports, or standard) and YOLO apart by itself."""
+    """Layout of the annotations; auto tells COCO (of Roboflow exports, or standard), YOLO and Pascal VOC apart."""
     reduce: Bool = True
     """Store training images no larger than training can use; valid and test images stay as they are."""
+    missing_test: Literal["hash", "valid"] = "hash"
+    """What an absent test split is: taken from train by a hash of the file name, or the valid split once more."""
+    strict: Bool = False
+    """Make an error of every box that would be clipped, dropped or otherwise mended."""
+    tolerate: dict[str, Annotated[Int, Field(ge=0)]] = Field(default_factory=dict)
+    """Code of a check → most rows of it that do not stop the stage; of errors, such rows are left out and reported."""
+    max_image_pixels: Int = Field(default=89_478_485, ge=1, le=178_956_970)
+    """Images of more pixels are an error; the most is where Pillow itself refuses to decode."""
+    max_annotation_mb: Int = Field(default=2048, ge=1)
+    """Largest file of annotations, in megabytes; parsed, it takes some seven times as much memory."""
+    max_unpacked_gb: Float = Field(default=200.0, gt=0)
+    """Most gigabytes that an archive may unpack to."""
+    max_class_ratio: Float = Field(default=100.0, ge=1)
+    """A class is remarked as rare when the most frequent one has more than so many times its boxes."""
+    min_box_patches: Float = Field(default=0.125, ge=0)
+    """A box is remarked as absurdly small when a side, at the model's resolution, is less than this of a patch."""
 
 
 class ProbeConfig(Config):

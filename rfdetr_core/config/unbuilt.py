@@ -23,7 +23,6 @@ class Unbuilt(NamedTuple):
 
 
 NOT_BUILT: dict[str, Unbuilt] = {
-    "dataset.format": Unbuilt("the reader of Pascal VOC", works=("auto", "coco", "yolo")),
     "model.segmentation_head": Unbuilt("masks"),
     "model.mask_downsample_ratio": Unbuilt("masks"),
     "model.backbone_lora": Unbuilt("low-rank adapters"),

@@ -1,110 +1,26 @@
-"""Judges a source dataset: what stops it, what is dropped or repaired, what is worth knowing.
+"""Judges a source dataset: what stops it, what is dropped or mended, what is worth knowing (checks.py has the list).
 
-Every finding has a stable code and a severity: an *error* stops the stage, a *warning* names rows that were
-dropped or repaired, a *note* changes nothing. Nothing is dropped silently.
+Nothing is dropped silently: every row stands in the report.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from rfdetr_core.data.annotations import SPLITS, AnnotationTable, ClassMap
-from rfdetr_core.data.formats.source import IMAGE_SUFFIXES, UNPRINTABLE, Severity, SourceCategory, SourceSplit
-from rfdetr_core.data.images import SWAPS_AXES, orientation_of, to_rgb
+from rfdetr_core.data.annotations import SPLITS, ClassMap
+from rfdetr_core.data.boxes import ValidSplit, to_table
+from rfdetr_core.data.findings import Report
+from rfdetr_core.data.formats.source import IMAGE_SUFFIXES, SourceCategory, SourceSplit
+from rfdetr_core.data.pixels import check_pixels
+from rfdetr_core.data.survey import ImageFile, in_order, survey
 from rfdetr_core.errors import DatasetError
 
-CLIP_TOLERANCE = 2.0  # px a box may leave its image by before it is worth a word (training spec 2.5)
-
-
-@dataclass
-class Finding:
-    """One kind of thing found: how often, where (every row), and what was done about it."""
-
-    code: str
-    severity: Severity
-    message: str
-    rows: list[str] = field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        """How many rows."""
-        return len(self.rows)
-
-
-@dataclass
-class Report:
-    """Findings in order of first appearance."""
-
-    findings: dict[str, Finding] = field(default_factory=dict)
-
-    def add(self, code: str, severity: Severity, message: str, rows: Iterable[str]) -> None:
-        """Record rows under a code; no rows, no finding."""
-        rows = [_printable(row) for row in rows]
-        if rows:
-            self.findings.setdefault(code, Finding(code, severity, message)).rows.extend(rows)
-
-    @property
-    def errors(self) -> list[Finding]:
-        """The findings that stop the stage."""
-        return [finding for finding in self.findings.values() if finding.severity == "error"]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Findings with all their rows."""
-        return [
-            {"code": f.code, "severity": f.severity, "message": f.message, "count": f.count, "rows": f.rows}
-            for f in self.findings.values()
-        ]
-
-    def tell(self, log: logging.Logger) -> None:
-        """A line of log per finding: what it is, how often, and the first one."""
-        for f in self.findings.values():
-            level = logging.INFO if f.severity == "note" else logging.WARNING
-            log.log(level, "%s: %s (%d, first: %s)", f.severity, f.message, f.count, f.rows[0])
-
-    def raise_errors(self, where: str) -> None:
-        """Raise one DatasetError that sums up all errors, if there are any."""
-        if not self.errors:
-            return
-        parts = [f"{f.message}: {f.rows[0]}{f' and {f.count - 1} more' if f.count > 1 else ''}" for f in self.errors]
-        shown = "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more kinds" if len(parts) > 3 else "")
-        raise DatasetError(f"{where}: {shown}", hint="report.html lists every row; mend the dataset and run again")
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """What decoding an image showed: its size as displayed, in pixels, and the digest of its bytes."""
-
-    path: Path
-    width: int
-    height: int
-    orientation: int  # the EXIF orientation to apply on decoding; 1 = as stored
-    sha256: str
-    bytes: int
-    exif_orientation: int = 1  # what the file asks for; another one than `orientation` if the boxes contradict it
-
-
-@dataclass(frozen=True)
-class ValidSplit:
-    """A split fit for training: the table, and its image files in the same order."""
-
-    table: AnnotationTable
-    files: tuple[ImageFile, ...]
-
-    def select(self, images: NDArray[np.int64]) -> ValidSplit:
-        """Some of the images, in the order given."""
-        return ValidSplit(self.table.select(images), tuple(self.files[i] for i in images))
+Progress = Callable[[int], None]
 
 
 def build_class_map(train: SourceSplit) -> ClassMap:
@@ -141,67 +57,73 @@ def _refuse_repeated(train: SourceSplit, what: str, values: list[Any]) -> None:
 
 
 def validate(
-    splits: dict[str, SourceSplit], report: Report, *, progress: Callable[[int], None] | None = None
+    splits: dict[str, SourceSplit], report: Report, *, pixels: bool = True, progress: Progress | None = None
 ) -> tuple[ClassMap, dict[str, ValidSplit]]:
-    """Check every split against the class map of train, and decode every image once.
+    """Check every split against the class map of train.
 
     Args:
-        progress: called with the number of images just decoded.
+        pixels: decode every image; False leaves that to whoever prepares the dataset, which decodes them anyway. If
+            there are errors they are decoded all the same, so that one report holds everything.
+        progress: called with the number of images just looked at.
 
     Raises:
         DatasetError: with all errors in one line; `report` then holds every row.
     """
-    class_map = _class_map(splits["train"], report)
-    valid: dict[str, ValidSplit] = {}
-    for name in SPLITS:
-        if name not in splits:
-            continue
+    train = splits["train"]
+    class_map = _class_map(train, report)
+    surveyed: dict[str, list[ImageFile | None]] = {}
+    for name in (split for split in SPLITS if split in splits):
         source = splits[name]
         for remark in source.remarks:
             report.add(*remark)
         _check_ids(source, report)
-        _check_classes(source, class_map, splits["train"].categories, report)
-        files = _decode_images(source, report, progress)
-        _check_orientations(source, files, report)
+        _check_classes(source, class_map, train.categories, report)
+        surveyed[name] = survey(source, report, progress)
         _check_unlisted(source, splits, report)
-        if not report.errors:
-            valid[name] = _to_table(source, class_map, files, report)
-    report.raise_errors(str(splits["train"].root))
-    _check_leakage(valid, report)
-    _check_content(valid, class_map, report)
-    report.raise_errors(str(splits["train"].root))
+    if pixels or report.errors:
+        for name, files in surveyed.items():
+            _drop_undecodable(splits[name], files, report)
+    valid: dict[str, ValidSplit] = {}
+    if not any(error.code in _NO_TABLE for error in report.errors):
+        valid = {name: to_table(splits[name], class_map, files, report) for name, files in surveyed.items()}
+    report.raise_errors(str(train.root))
+    check_leakage(valid, report)
+    check_content(valid, class_map, report)
+    report.raise_errors(str(train.root))
     return class_map, valid
+
+
+_NO_TABLE = {"duplicate-image-id", "duplicate-file-name"}
+"""Errors with which annotations have no definite image."""
 
 
 def _class_map(train: SourceSplit, report: Report) -> ClassMap:
     try:
         class_map = build_class_map(train)
     except DatasetError as error:
-        report.add("bad-categories", "error", "the list of classes cannot be used", [error.message])
+        for remark in train.remarks:
+            report.add(*remark)
+        report.add("bad-categories", [error.message])
         raise
     dropped = [c for c in train.categories if c.id not in class_map.source_ids]
-    report.add(
-        "category-dropped",
-        "note",
-        "category that only groups others and has no annotation: not a class",
-        (f"{train.name}: id {c.id} {c.name!r}" for c in dropped),
-    )
+    report.add("category-dropped", (f"{train.name}: id {c.id} {c.name!r}" for c in dropped))
     return class_map
 
 
 def _check_ids(source: SourceSplit, report: Report) -> None:
-    for code, what, values in (
-        ("duplicate-image-id", "image id used twice", source.image_ids.tolist()),
-        ("duplicate-annotation-id", "annotation id used twice", source.annotation_ids.tolist()),
-        ("duplicate-file-name", "file name listed twice", list(source.file_names)),
+    for code, values in (
+        ("duplicate-image-id", source.image_ids.tolist()),
+        ("duplicate-annotation-id", source.annotation_ids.tolist()),
+        ("duplicate-file-name", list(source.file_names)),
     ):
-        repeated = [value for value, n in Counter(values).items() if n > 1]
-        report.add(code, "error", what, (f"{source.name}: {value}" for value in repeated))
+        if len(set(values)) < len(values):
+            repeated = [value for value, n in Counter(values).items() if n > 1]
+            report.add(code, (f"{source.name}: {value}" for value in repeated))
+    if source.lines is None and (source.annotation_ids == 0).any():
+        report.add("annotation-id-zero", [source.name])
     known = np.isin(source.annotation_images, source.image_ids)
     report.add(
         "unknown-image",
-        "error",
-        "annotation of an image that is not listed",
         (
             f"{source.name}: annotation {a} names image {i}"
             for a, i in zip(source.annotation_ids[~known], source.annotation_images[~known], strict=True)
@@ -214,8 +136,6 @@ def _check_classes(source: SourceSplit, class_map: ClassMap, train: tuple[Source
     own = {category.id: f" {category.name!r}" for category in source.categories}
     report.add(
         "unknown-category",
-        "error",
-        "annotation of a category that train does not have",
         (
             f"{source.name}: annotation {a} names category {c}{own.get(c, '')}"
             for a, c in zip(source.annotation_ids[~known], source.annotation_categories[~known], strict=True)
@@ -224,8 +144,6 @@ def _check_classes(source: SourceSplit, class_map: ClassMap, train: tuple[Source
     names = {category.id: category.name for category in train}
     report.add(
         "category-renamed",
-        "error",
-        "category id with another name than in train",
         (
             f"{source.name}: id {c.id} is {c.name!r}, in train {names[c.id]!r}"
             for c in source.categories
@@ -234,194 +152,82 @@ def _check_classes(source: SourceSplit, class_map: ClassMap, train: tuple[Source
     )
 
 
-def _decode_images(
-    source: SourceSplit, report: Report, progress: Callable[[int], None] | None
-) -> list[ImageFile | None]:
-    """Decode every listed image; None where it cannot be. Pillow releases the GIL, so threads help."""
-    paths = [source.image_folder / name for name in source.file_names]
-    files: list[ImageFile | None] = []
-    with ThreadPoolExecutor() as pool:
-        declared = zip(source.widths.tolist(), source.heights.tolist(), strict=True)
-        for name, outcome in zip(source.file_names, pool.map(_decode, paths, declared), strict=True):
-            if isinstance(outcome, str):
-                report.add("unreadable-image", "error", "image cannot be read", [f"{source.name}/{name}: {outcome}"])
-            files.append(None if isinstance(outcome, str) else outcome)
-            if progress is not None:
-                progress(1)
-    return files
-
-
-def _decode(path: Path, declared: tuple[int, int]) -> ImageFile | str:
-    """The image's facts, or why it cannot be used."""
-    data = b""
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            stored = image.size
-            # A scaled decode still walks through every byte, so truncation shows at a fraction of the cost.
-            image.draft("RGB", (max(1, stored[0] // 8), max(1, stored[1] // 8)))
-            image.load()
-            exif = orientation_of(image)
-            to_rgb(image)
-    except FileNotFoundError:
-        return "no such file"
-    except Image.DecompressionBombError:
-        return "too many pixels (a decompression bomb?)"
-    except UnidentifiedImageError:
-        return "no image format that Pillow knows" if data else "empty file"
-    except Exception as error:  # Pillow's decoders let a broken file raise whatever it leads them to
-        return str(error) or type(error).__name__
-    orientation, displayed = exif, (stored[1], stored[0]) if exif in SWAPS_AXES else stored
-    if exif in SWAPS_AXES and declared == stored != displayed:
-        # The boxes were drawn on the stored frame: show it to the model as stored.
-        orientation, displayed = 1, stored
-    return ImageFile(path, *displayed, orientation, hashlib.sha256(data).hexdigest(), len(data), exif)
-
-
-def _check_orientations(source: SourceSplit, files: list[ImageFile | None], report: Report) -> None:
-    turned = [(name, f) for name, f in zip(source.file_names, files, strict=True) if f and f.exif_orientation != 1]
-    report.add(
-        "exif-orientation",
-        "note",
-        "image is stored turned or mirrored: shown upright, as its EXIF orientation says",
-        (f"{source.name}/{name}: {f.exif_orientation}" for name, f in turned if f.orientation == f.exif_orientation),
-    )
-    report.add(
-        "exif-ignored",
-        "warning",
-        "listed size is that of the image as stored: its EXIF orientation is ignored, so that its boxes fit",
-        (f"{source.name}/{name}: {f.exif_orientation}" for name, f in turned if f.orientation != f.exif_orientation),
-    )
+def _drop_undecodable(source: SourceSplit, files: list[ImageFile | None], report: Report) -> None:
+    """Decode what is there; what cannot be is reported and becomes None."""
+    present = [i for i, file in enumerate(files) if file is not None]
+    outcomes = in_order(check_pixels, (file for file in files if file is not None))
+    for i, problem in zip(present, outcomes, strict=True):
+        if problem is not None:
+            report.add(problem.code, [f"{source.name}/{source.file_names[i]}: {problem.why}"])
+            files[i] = None
 
 
 def _check_unlisted(source: SourceSplit, splits: dict[str, SourceSplit], report: Report) -> None:
     # Splits may share a folder, or one's may lie within another's.
-    listed = {str(split.image_folder / name) for split in splits.values() for name in split.file_names}
-    on_disk = (p for p in source.image_folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    report.add(
-        "unlisted-image",
-        "warning",
-        "image lies in the folder but is not listed: not used",
-        sorted(
-            f"{source.name}/{p.relative_to(source.image_folder).as_posix()}" for p in on_disk if str(p) not in listed
-        ),
-    )
+    top = str(source.image_folder)
+    listed = {
+        path for split in splits.values() for name in split.file_names if (path := split.path_of(name)).startswith(top)
+    }
+    found = []
+    for folder, _, names in os.walk(top):
+        for name in names:
+            path = f"{folder}/{name}"
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and path not in listed:  # noqa: PTH122
+                found.append(f"{source.name}/{path[len(top) + 1 :]}")
+    report.add("unlisted-image", sorted(found))
 
 
-def _to_table(source: SourceSplit, class_map: ClassMap, files: list[ImageFile | None], report: Report) -> ValidSplit:
-    """Clip the boxes, drop the empty ones, and sort: images by source id, boxes by annotation id."""
-    order = np.argsort(source.image_ids, kind="stable")
-    sorted_files = [file for i in order if (file := files[i]) is not None]  # errors stopped us before, else
-    names = [source.file_names[i] for i in order]
-    widths = np.array([file.width for file in sorted_files], dtype=np.int64)
-    heights = np.array([file.height for file in sorted_files], dtype=np.int64)
-    _check_sizes(source, order, widths, heights, report)
-
-    rows = np.lexsort((source.annotation_ids, np.searchsorted(source.image_ids[order], source.annotation_images)))
-    image_of = np.searchsorted(source.image_ids[order], source.annotation_images[rows])
-    extent = np.stack([widths, heights, widths, heights], axis=1)[image_of].astype(np.float64)
-    xywh = source.bboxes[rows] * extent if source.relative else source.bboxes[rows]
-    with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and refused as such
-        xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-
-    finite = np.isfinite(xyxy).all(axis=1)
-    clipped = np.clip(np.where(finite[:, None], xyxy, 0.0), 0.0, extent)
-    beyond = np.abs(clipped - xyxy).max(axis=1, initial=0.0)
-    empty = (clipped[:, 2] <= clipped[:, 0]) | (clipped[:, 3] <= clipped[:, 1])
-
-    def describe(selected: NDArray[np.bool_]) -> list[str]:
-        return [
-            f"{source.name}/{names[image_of[r]]}: {source.annotation_name(rows[r], names[image_of[r]])}"
-            f" {xywh[r].tolist()}"
-            for r in np.flatnonzero(selected)
-        ]
-
-    report.add("box-not-finite", "error", "box holds NaN or infinity", describe(~finite))
-    report.add("box-empty", "warning", "box without area inside its image: dropped", describe(finite & empty))
-    left = finite & ~empty & (beyond > CLIP_TOLERANCE)
-    report.add("box-clipped", "warning", f"box leaves its image by over {CLIP_TOLERANCE:g} px: clipped", describe(left))
-
-    keep = finite & ~empty
-    boxes = clipped[keep]
-    areas, usable = source.areas[rows], np.isfinite(source.areas[rows]) & (source.areas[rows] > 0)
-    wrong = keep & ~usable & ~np.isnan(areas)
-    report.add("area-replaced", "warning", "area is not a positive number: that of the box is used", describe(wrong))
-    box_areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    counts = np.bincount(image_of[keep], minlength=len(order))
-    label_of = {source_id: label for label, source_id in enumerate(class_map.source_ids)}
-    table = AnnotationTable(
-        file_names=np.array(names, dtype=np.str_),
-        widths=widths,
-        heights=heights,
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes=boxes,
-        labels=np.array([label_of[c] for c in source.annotation_categories[rows][keep].tolist()], dtype=np.int64),
-        areas=np.where(usable[keep], areas[keep], box_areas),
-        crowd=source.crowd[rows][keep],
-    )
-    return ValidSplit(table, tuple(sorted_files))
-
-
-def _check_sizes(
-    source: SourceSplit, order: NDArray[np.int64], widths: NDArray[np.int64], heights: NDArray[np.int64], report: Report
-) -> None:
-    declared_w, declared_h = source.widths[order], source.heights[order]
-    differs = ((declared_w != widths) | (declared_h != heights)) & (declared_w > 0) & (declared_h > 0)
-    report.add(
-        "size-differs",
-        "warning",
-        "listed size differs from the file's: the file's is used, boxes stay in pixels",
-        (
-            f"{source.name}/{source.file_names[order[i]]}: listed {declared_w[i]}x{declared_h[i]},"
-            f" file {widths[i]}x{heights[i]}"
-            for i in np.flatnonzero(differs)
-        ),
-    )
-
-
-def _check_leakage(splits: dict[str, ValidSplit], report: Report) -> None:
-    seen: dict[str, str] = {}
+def check_leakage(splits: dict[str, ValidSplit], report: Report, *, across: bool = False) -> None:
+    """Images of equal bytes; with `across` only those in two splits."""
+    seen: dict[str, tuple[str, str]] = {}
     for name, split in splits.items():
-        for file_name, file in zip(split.table.file_names, split.files, strict=True):
-            here = f"{name}/{file_name}"
-            first = seen.setdefault(file.sha256, here)
-            if first != here:
-                same_split = first.split("/", 1)[0] == name
-                code = "image-repeated" if same_split else "image-in-two-splits"
-                what = "same image twice in a split" if same_split else "same image in two splits: metrics will flatter"
-                report.add(code, "warning", what, [f"{here} = {first}"])
+        for file_name, file in zip(split.table.file_names.tolist(), split.files, strict=True):
+            first, first_name = seen.setdefault(file.sha256, (name, file_name))
+            if (first, first_name) != (name, file_name):
+                code = "image-repeated" if first == name else "image-in-two-splits"
+                if first != name or not across:
+                    report.add(code, [f"{name}/{file_name} = {first}/{first_name}"])
 
 
-def _check_content(splits: dict[str, ValidSplit], class_map: ClassMap, report: Report) -> None:
+def check_content(splits: dict[str, ValidSplit], class_map: ClassMap, report: Report) -> None:
+    """What can be said of the labels as a whole."""
     train = splits["train"].table
     if not len(train.boxes[~train.crowd]):
-        report.add("no-boxes", "error", "train has no usable box", ["train"])
+        report.add("no-boxes", ["train"])
     trained = set(train.labels[~train.crowd].tolist())
+    queries = report.options.num_queries
     for name, split in splits.items():
         table = split.table
         if not len(table):
-            report.add("empty-split", "error", "split has no images", [name])
-        present = set(table.labels[~table.crowd].tolist())
+            report.add("empty-split", [name])
+        counts = np.bincount(table.labels[~table.crowd], minlength=len(class_map))
+        present = set(np.flatnonzero(counts).tolist())
         if len(table) and not present and name != "train":
-            report.add("nothing-to-measure", "warning", "split without a usable box: it has no scores", [name])
+            report.add("nothing-to-measure", [name])
         absent = [class_map.names[label] for label in range(len(class_map)) if label not in present]
-        report.add("class-absent", "warning", "class without boxes", (f"{name}: {class_name}" for class_name in absent))
+        report.add("class-absent", (f"{name}: {class_name}" for class_name in absent))
         unlearned = [class_map.names[label] for label in sorted(present - trained)]
-        report.add(
-            "class-untrained",
-            "warning",
-            "class with boxes here and none in train: it cannot be learned",
-            (f"{name}: {class_name}" for class_name in unlearned),
-        )
-        unlabelled = table.file_names[table.counts == 0]
-        report.add("no-objects", "note", "image without boxes: a negative", (f"{name}/{f}" for f in unlabelled))
+        report.add("class-untrained", (f"{name}: {class_name}" for class_name in unlearned))
+        report.add("no-objects", (f"{name}/{f}" for f in table.file_names[table.counts == 0]))
         in_image = np.repeat(np.arange(len(table)), table.counts)
-        crowds = table.file_names[in_image[table.crowd]]
+        report.add("crowd", (f"{name}/{f}" for f in table.file_names[in_image[table.crowd]]))
+        boxes = np.bincount(in_image[~table.crowd], minlength=len(table))
+        crowded = np.flatnonzero(boxes > queries)
         report.add(
-            "crowd", "note", "crowd region: ignored in training, kept for evaluation", (f"{name}/{f}" for f in crowds)
+            "too-many-boxes",
+            (f"{name}/{table.file_names[i]}: {boxes[i]} boxes, {queries} queries" for i in crowded),
         )
+        if name == "train":
+            _check_imbalance(counts.tolist(), class_map, report)
 
 
-def _printable(text: str) -> str:
-    """One line that can be written as UTF-8: names on a disk may hold line breaks and stray bytes."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+def _check_imbalance(counts: Sequence[int], class_map: ClassMap, report: Report) -> None:
+    most = max(counts, default=0)
+    report.add(
+        "class-imbalance",
+        (
+            f"train: {name} {n} boxes, {class_map.names[list(counts).index(most)]} {most}"
+            for name, n in zip(class_map.names, counts, strict=True)
+            if n and most > n * report.options.max_class_ratio
+        ),
+    )

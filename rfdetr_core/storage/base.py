@@ -6,7 +6,7 @@ import json
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,8 @@ class FileInfo:
 
     name: str
     size: int
+    tag: str = field(default="", compare=False)
+    """S3's entity tag, another one whenever the bytes change; empty in local folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,10 @@ class Location(ABC):
     @abstractmethod
     def exists(self) -> bool:
         """Whether a file of this name exists, or a folder with at least one file in it."""
+
+    def entity_tag(self) -> str:
+        """S3's entity tag of this file, another one whenever its bytes change; empty in local folders."""
+        return ""
 
     @abstractmethod
     def delete(self) -> None:

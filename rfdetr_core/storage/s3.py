@@ -101,6 +101,10 @@ class S3Location(Location):
             found = s3.client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1)
             return bool(found.get("Contents"))
 
+    def entity_tag(self) -> str:
+        with self._errors("look for") as s3:
+            return s3.client.head_object(Bucket=self.bucket, Key=self._file).get("ETag", "")
+
     def delete(self) -> None:
         with self._errors("delete") as s3:
             s3.client.delete_object(Bucket=self.bucket, Key=self._file)
@@ -141,11 +145,11 @@ class S3Location(Location):
 
     def list_files(self) -> list[FileInfo]:
         files = []
-        for key, size in self._keys():
+        for key, size, tag in self._objects():
             name = key.removeprefix(self._prefix)
             # 'folder/' objects of no bytes are how consoles draw an empty folder.
             if size or not key.endswith("/"):
-                files.append(FileInfo(check_name(name, where=self.uri), size))
+                files.append(FileInfo(check_name(name, where=self.uri), size, tag))
         return sorted(files, key=lambda info: info.name)
 
     def delete_files(self, names: Iterable[str]) -> None:
@@ -154,7 +158,7 @@ class S3Location(Location):
     def delete_tree(self) -> None:
         if not self.key:
             raise ConfigError(f"refusing to delete all of {self.uri}", hint="name a folder below it")
-        self._delete_keys([key for key, _ in self._keys()])
+        self._delete_keys([key for key, _, _ in self._objects()])
 
     def upload_file(self, path: Path, tick: Tick = ignore) -> FileDigest:
         with local_errors("read", path), path.open("rb") as file, self._errors("write") as s3:
@@ -227,11 +231,12 @@ class S3Location(Location):
                         raise
         raise AssertionError("count() does not end")
 
-    def _keys(self) -> Iterator[tuple[str, int]]:
+    def _objects(self) -> Iterator[tuple[str, int, str]]:
+        """Key, size and entity tag."""
         with self._errors("list") as s3:
             for page in s3.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._prefix):
                 for item in page.get("Contents", []):
-                    yield item["Key"], item["Size"]
+                    yield item["Key"], item["Size"], item.get("ETag", "")
 
     def _delete_keys(self, keys: Sequence[str]) -> None:
         from botocore.exceptions import ClientError

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
-from rfdetr_core.data.annotations import ClassMap
 from rfdetr_core.data.class_names import named
-from rfdetr_core.data.formats.layout import read_folder
-from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.findings import Report
+from rfdetr_core.data.intake import take_in
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.data.preparing import PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
-from rfdetr_core.data.splitting import fill_missing_splits
-from rfdetr_core.data.validation import Report, ValidSplit, validate
 from rfdetr_core.errors import CheckpointError, ConfigError
 from rfdetr_core.models.weight_file import WeightFile
 from rfdetr_core.pretrained import fetch_weights
@@ -112,36 +111,32 @@ def dataset_in_folder(source: Path, folder: Path, split: str) -> PreparedDataset
     """
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
-    class_map, splits = _validated(source, Report(), "auto")
+    class_map, splits = take_in(source, "auto", Report(), pixels=False)
     write_prepared(folder, class_map, {split: splits[split]}, PrepareOptions(train_short_side=None), source=str(source))
     return PreparedDataset(folder)
-
-
-def _validated(source: Path, report: Report, layout: str) -> tuple[ClassMap, dict[str, ValidSplit]]:
-    class_map, splits = validate(read_folder(source, layout), report)
-    return class_map, fill_missing_splits(splits, report)
 
 
 def _prepared_dataset(source: Path, output: Path, options: PrepareOptions, layout: str) -> PreparedDataset:
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
     _make(output)
-    report, document = Report(), None
+    report, document, class_map, splits = Report(), None, None, None
     try:
-        class_map, splits = _validated(source, report, layout)
-        report.tell(log)
+        class_map, splits = take_in(source, layout, report, pixels=False)
         folder = output / "dataset" / dataset_digest(class_map, splits, options)
         _make(folder.parent)
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".preparing-") as scratch:
-                write_prepared(Path(scratch) / "new", class_map, splits, options, source=str(source))
-                (Path(scratch) / "new").rename(folder)  # whole, or not there
+                new = Path(scratch) / "new"
+                write_prepared(new, class_map, splits, options, source=str(source), report=report)
+                new.rename(folder)  # whole, or not there
         dataset = PreparedDataset(folder)
         document = dataset.document
     finally:
+        report.tell(log)
         with local_errors("write", output):
             (output / "report.json").write_text(json.dumps(report_json(str(source), report, document), indent=2) + "\n")
-            (output / "report.html").write_text(report_html(str(source), report, document))
+            (output / "report.html").write_text(report_html(str(source), report, document, class_map, splits))
     return dataset
 
 

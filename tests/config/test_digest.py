@@ -13,7 +13,11 @@ PARTS = ["name", "dataset", "train.seed"]
 
 
 def test_canonical_form() -> None:
-    text = '{"dataset":{"format":"auto","reduce":true,"uri":"s3://data/zellen-ä"},"name":"cells","train.seed":null}'
+    text = (
+        '{"dataset":{"format":"auto","max_annotation_mb":2048,"max_class_ratio":100.0,"max_image_pixels":89478485,'
+        '"max_unpacked_gb":200.0,"min_box_patches":0.125,"missing_test":"hash","reduce":true,"strict":false,'
+        '"tolerate":{},"uri":"s3://data/zellen-ä"},"name":"cells","train.seed":null}'
+    )
     config = run_config(dataset={"uri": "s3://data/zellen-ä"})
     assert section_digest(config, PARTS) == hashlib.sha256(text.encode()).hexdigest()
 

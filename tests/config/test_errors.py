@@ -23,7 +23,11 @@ from tests.config.helpers import error_of
         ),
         ({"train": {"opset": 17}}, "train.opset: unknown field; did you mean export.opset?"),
         ({"promote": {"tolerances": 1}}, "promote.tolerances: unknown field; did you mean export.ap_tolerance?"),
-        ({"dataset": {"uri": "x", "zzz": 1}}, "dataset.zzz: unknown field; known here: format, reduce, uri"),
+        (
+            {"dataset": {"uri": "x", "zzz": 1}},
+            "dataset.zzz: unknown field; known here: format, max_annotation_mb, max_class_ratio, max_image_pixels, "
+            "max_unpacked_gb, min_box_patches, missing_test, reduce, strict, tolerate, uri",
+        ),
         (
             {"qqq": 1},
             "qqq: unknown field; known here: dataset, evaluate, export, model, name, notify, probe, promote, train",

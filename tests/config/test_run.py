@@ -24,7 +24,22 @@ from rfdetr_core.errors import ConfigError
 from tests.config.helpers import MINIMAL, error_of, run_config
 
 SECTIONS = {
-    "dataset": (DatasetConfig, {"uri": "s3://data/cells", "format": "auto", "reduce": True}),
+    "dataset": (
+        DatasetConfig,
+        {
+            "uri": "s3://data/cells",
+            "format": "auto",
+            "reduce": True,
+            "missing_test": "hash",
+            "strict": False,
+            "tolerate": {},
+            "max_image_pixels": 89_478_485,
+            "max_annotation_mb": 2048,
+            "max_unpacked_gb": 200.0,
+            "max_class_ratio": 100.0,
+            "min_box_patches": 0.125,
+        },
+    ),
     "probe": (ProbeConfig, {"price_per_hour": None}),
     "evaluate": (EvaluateConfig, {"split": "test", "sample_images": 24, "bootstrap_samples": 1000, "batch_size": None}),
     "export": (

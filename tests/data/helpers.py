@@ -12,9 +12,12 @@ import numpy as np
 from PIL import Image
 
 from rfdetr_core.data.annotations import ClassMap
+from rfdetr_core.data.boxes import ValidSplit
+from rfdetr_core.data.findings import Report
 from rfdetr_core.data.formats.coco import ANNOTATION_FILE, read_coco_folder
-from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, write_prepared
-from rfdetr_core.data.validation import Report, ValidSplit, validate
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.data.preparing import PrepareOptions, write_prepared
+from rfdetr_core.data.validation import validate
 
 Box = tuple[float, float, float, float]
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]

@@ -60,3 +60,27 @@ def small_yolo(folder: Path, *, names: Sequence[str] = ("cat", "dog")) -> Path:
         (folder / split / "labels" / "a.txt").write_text("0 0.5 0.5 0.25 0.5\n1 0.25 0.25 0.5 0.5\n")
     (folder / "data.yaml").write_text(f"train: train/images\nval: valid/images\nnames: {json.dumps(list(names))}\n")
     return folder
+
+
+def voc_xml(filename: str, *objects: str, more: str = "") -> str:
+    """An annotation file of an image of 64 x 48."""
+    inner = "".join(f"<object>{each}</object>" for each in objects)
+    size = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+    return f"<annotation><filename>{filename}</filename>{size}{inner}{more}</annotation>"
+
+
+def small_voc(folder: Path) -> Path:
+    """Train with a.png and b.png, valid with v.png, each with a cat and a dog: nothing to find."""
+    (folder / "Annotations").mkdir(parents=True)
+    (folder / "JPEGImages").mkdir()
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for seed, stem in enumerate("abv"):
+        picture(seed=seed).save(folder / "JPEGImages" / f"{stem}.png")
+        boxes = [
+            f"<name>{name}</name><bndbox><xmin>{4 + i}</xmin><ymin>4</ymin><xmax>24.5</xmax><ymax>14</ymax></bndbox>"
+            for i, name in enumerate(("cat", "dog"))
+        ]
+        (folder / "Annotations" / f"{stem}.xml").write_text(voc_xml(f"{stem}.png", *boxes))
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n")
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("v\n")
+    return folder

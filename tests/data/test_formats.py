@@ -14,10 +14,13 @@ import pytest
 
 from components.validate_dataset import stage
 from rfdetr_core.data.annotations import ClassMap
+from rfdetr_core.data.boxes import ValidSplit
+from rfdetr_core.data.findings import Report
 from rfdetr_core.data.formats.layout import LAYOUTS, read_folder
-from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.data.preparing import PrepareOptions, dataset_digest, write_prepared
 from rfdetr_core.data.splitting import fill_missing_splits
-from rfdetr_core.data.validation import Report, ValidSplit, validate
+from rfdetr_core.data.validation import validate
 from rfdetr_core.errors import ConfigError, DatasetError
 from tests.data.helpers import annotation, document, image_row, picture, validated, write_dataset, write_split
 from tests.data.layouts import small_yolo, write_standard_coco, write_yolo
@@ -134,16 +137,17 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, layout: str) -> Non
 
 def test_another_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"'voc' is not a layout that is read \(use one of auto, roboflow, coco, yolo"
+        ConfigError, match=r"'o365' is not a layout that is read \(use one of auto, roboflow, coco, yolo, voc"
     ):
-        read_folder(tmp_path, "voc")
+        read_folder(tmp_path, "o365")
 
 
 NEITHER = {
     "auto": "no dataset of a known layout in it (looked for train/_annotations.coco.json (COCO as Roboflow exports "
-    "it), annotations/instances_train*.json (COCO), data.yaml or data.yml (YOLO))",
+    "it), annotations/instances_train*.json (COCO), data.yaml or data.yml (YOLO), Annotations/*.xml (Pascal VOC))",
     "coco": "no COCO dataset in it (looked for train/_annotations.coco.json and annotations/instances_train*.json)",
     "yolo": "no data.yaml or data.yml (a YOLO dataset has data.yaml with names",
+    "voc": "no Pascal VOC dataset in it (it has Annotations/*.xml with JPEGImages/",
 }
 
 

@@ -22,6 +22,7 @@ from tests.data.helpers import (
     picture,
     validated,
     write_dataset,
+    write_split,
 )
 
 ORIENTATION = 0x0112
@@ -144,17 +145,33 @@ MODES: dict[str, tuple[bytes, list[list[int]]]] = {
 }
 
 
+CONVERTED = {
+    "RGBA": {"alpha-image"},
+    "LA": {"alpha-image"},
+    "palette": {"palette-image"},
+    "palette with alpha": {"palette-image", "alpha-image"},
+    "palette with a transparent colour": {"palette-image", "alpha-image"},
+    "16-bit PNG": {"deep-image"},
+    "16-bit TIFF": {"deep-image"},
+    "CMYK JPEG": {"cmyk-image"},
+    "GIF": {"palette-image"},
+}
+"""What is said of a mode; of the others nothing is."""
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     data, expected = MODES[mode]
     image = decode_image(data, 1)
     assert image.mode == "RGB"
     assert np.asarray(image)[0].tolist() == expected
-    width = len(expected)  # validation lets it pass, and without a word
+    width = len(expected)  # validation lets it pass, and says how it is converted
     write_dataset(tmp_path, document([image_row(1, "a.png", width, 1)], [annotation(bbox=(0, 0, 1, 1))]))
     (tmp_path / "train" / "a.png").write_bytes(data)
     _, _, report = validated(tmp_path)
-    assert {f.code for f in report.findings.values()} == {"class-absent"}
+    said = {code for code in report.findings if code.endswith("-image")}
+    assert said == CONVERTED.get(mode, set())
+    assert set(report.findings) - said <= {"class-absent", "extension-differs"}
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -185,3 +202,19 @@ def test_a_scaled_decode_really_saves() -> None:
     assert [decode_image(data, 1, at_least=n).size for n in (480, 241, 240, 120, 60, 8)] == [
         (640, 480), (640, 480), (320, 240), (160, 120), (80, 60), (80, 60),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bbox", "code"), [((2, 2, 60, 20), "exif-ignored"), ((2, 2, 20, 60), "exif-orientation")])
+def test_boxes_decide_the_frame_where_no_size_is_listed(
+    tmp_path: Path, bbox: tuple[int, int, int, int], code: str
+) -> None:
+    """Stored 64 x 48 and to be shown as 48 x 64: a wide box fits the one, a tall box the other."""
+    row = {"id": 1, "file_name": "a.jpg"}
+    write_dataset(tmp_path, document([image_row(1, "a.jpg")], [annotation(bbox=bbox)]))
+    write_split(tmp_path, "train", document([row], [annotation(bbox=bbox)]), draw=False)
+    picture().save(tmp_path / "train" / "a.jpg", exif=exif(6))
+    _, splits, report = validated(tmp_path)
+    assert report.findings[code].rows == ["train/a.jpg: 6"]
+    table = splits["train"].table
+    assert (table.widths[0], table.heights[0]) == ((64, 48) if code == "exif-ignored" else (48, 64))
+    assert table.boxes[0].tolist() == [bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]]

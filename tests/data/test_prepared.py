@@ -21,16 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from rfdetr_core.data import prepared as module
+from rfdetr_core.data import shards as module
 from rfdetr_core.data.annotations import AnnotationTable, ClassMap
-from rfdetr_core.data.prepared import (
-    PreparedDataset,
-    PreparedSplit,
-    PrepareOptions,
-    dataset_digest,
-    split_statistics,
-    write_prepared,
-)
+from rfdetr_core.data.pixels import Encoded
+from rfdetr_core.data.prepared import PreparedDataset, PreparedSplit
+from rfdetr_core.data.preparing import PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.statistics import split_statistics
 from rfdetr_core.errors import DatasetError
 from tests.data.helpers import (
     annotation,
@@ -107,11 +103,15 @@ def test_any_names_and_lengths_are_found_by_their_offsets(
     tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], limit: int
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
-    with pytest.MonkeyPatch.context() as patch, module._ShardWriter(folder) as writer:
+    rows: list[module.Row] = []
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        module.ShardWriter(folder, lambda number, path, of_shard: rows.extend(of_shard)) as writer,
+    ):
         patch.setattr(module, "SHARD_BYTES", limit)
         for name, data in files.items():
-            writer.add(name, data, 1, 1, 1)
-    index = json.loads((folder / "index.json").read_text())
+            writer.add(name, Encoded(data, 1, 1, 1, ""))
+    index = json.loads(module.index_bytes(len(list(folder.iterdir())), rows))
     columns = index["images"]
     for i, (name, data) in enumerate(files.items()):
         shard = (folder / index["shards"][columns["shard"][i]]).read_bytes()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
-from rfdetr_core.data.prepared import PrepareOptions, write_prepared
+from rfdetr_core.data.findings import Report
+from rfdetr_core.data.preparing import PrepareOptions, write_prepared
 from rfdetr_core.data.report import ROWS_SHOWN, report_html, report_json
-from rfdetr_core.data.validation import Report
 from tests.data.helpers import annotation, document, image_row, validated, write_dataset
 
 
@@ -63,12 +63,12 @@ def test_a_usable_dataset(tmp_path: Path) -> None:
 
 def test_errors_come_first_and_open() -> None:
     report = Report()
-    report.add("crowd", "note", "a note", ["train"])
-    report.add("box-empty", "warning", "a warning", ["row"])
-    report.add("unknown-image", "error", "an error", [f"row {i}" for i in range(ROWS_SHOWN + 3)])
+    report.add("crowd", ["train"])
+    report.add("box-empty", ["row"])
+    report.add("unknown-image", [f"row {i}" for i in range(ROWS_SHOWN + 3)])
     html = report_html("source", report, None)
     text = Page(html).text
-    assert text.index("an error") < text.index("a warning") < text.index("a note")
+    assert text.index("unknown-image") < text.index("box-empty") < text.index("crowd")
     assert html.count("<details open>") == 1
     assert f"Not usable: {ROWS_SHOWN + 3} errors, 1 warnings, 1 notes" in text
     assert f"row {ROWS_SHOWN - 1}" in text and f"row {ROWS_SHOWN} " not in text
@@ -79,7 +79,7 @@ def test_errors_come_first_and_open() -> None:
 
 def test_a_finding_of_as_many_rows_as_are_shown_has_no_more() -> None:
     report = Report()
-    report.add("box-empty", "warning", "a warning", [f"row {i}" for i in range(ROWS_SHOWN)])
+    report.add("box-empty", [f"row {i}" for i in range(ROWS_SHOWN)])
     assert "more in report.json" not in report_html("source", report, None)
 
 

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rfdetr_core.data.annotations import AnnotationTable
+from rfdetr_core.data.boxes import ValidSplit
+from rfdetr_core.data.findings import Report
 from rfdetr_core.data.splitting import fill_missing_splits, hash_split
-from rfdetr_core.data.validation import ImageFile, Report, ValidSplit
+from rfdetr_core.data.survey import ImageFile
 from rfdetr_core.errors import DatasetError
 
 # SHA-256 of the group, its first 16 hex digits by `printf %s NAME | sha256sum`, as a share of 2^64.
@@ -135,7 +137,8 @@ def test_only_what_is_missing_is_taken_and_reported() -> None:
 def test_a_complete_dataset_is_left_alone() -> None:
     report = Report()
     splits = {split: one_box_each([f"{split}.jpg"]) for split in ("train", "valid", "test")}
-    assert fill_missing_splits(splits, report) is splits
+    filled = fill_missing_splits(splits, report)
+    assert list(filled) == list(splits) and all(filled[name] is split for name, split in splits.items())
     assert not report.findings
 
 

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rfdetr_core.data.annotations import AnnotationTable
-from rfdetr_core.data.formats import yolo
+from rfdetr_core.data.boxes import ValidSplit
+from rfdetr_core.data.checks import CHECKS
+from rfdetr_core.data.findings import Finding, Report
 from rfdetr_core.data.formats.yolo import LabelBox, LineProblem, read_label_line, read_yolo_folder
 from rfdetr_core.data.formats.yolo_data_file import read_data_file
-from rfdetr_core.data.validation import Finding, Report, ValidSplit, validate
+from rfdetr_core.data.validation import validate
 from rfdetr_core.errors import DatasetError
 from tests.data.helpers import encoded, picture
 from tests.data.layouts import small_yolo, write_labels
@@ -90,7 +92,7 @@ FIELDS = st.one_of(
 def test_any_line_is_an_object_in_range_or_a_problem_of_one_line(line: str, classes: int) -> None:
     found = read_label_line(line, classes)
     if isinstance(found, LineProblem):
-        assert found.code in yolo._MESSAGES and found.why.isprintable()
+        assert found.code in CHECKS and found.why.isprintable()
     else:
         assert 0 <= found.label < classes
         assert all(math.isfinite(value) for value in found)
@@ -134,7 +136,7 @@ BAD: list[tuple[str | bytes, str]] = [
     ("names: cat", "names must list the classes"),
     ("names: []", "names must list the classes"),
     ("names: {}", "names must list the classes"),
-    ("names: [a, '']", "names[1] must be a text, found nothing"),
+    ("names: [a, '']", "names[1] must be a text, found an empty text"),
     ("names: [a, [b]]", "names[1] must be a text, found a list"),
     ("names: {0: a, 1: {b: c}}", "names[1] must be a text, found a mapping"),
     ('names: ["a\\nb"]', 'names[0] "a\\nb" holds an unprintable character'),
@@ -145,10 +147,10 @@ BAD: list[tuple[str | bytes, str]] = [
     ("names: {-1: a}", 'names: the key "-1" is not a label'),
     ("names: [a]\nnc: 2", 'nc is "2", names has 1 (mend the one that is wrong)'),
     ("names: [a]\nnc: [1]", 'nc is ["1"], names has 1'),
-    ("names: [a]\ntrain: [x, y]", "train must name one folder, found a list"),
-    ("names: [a]\nval: {x: y}", "val must name one folder, found a mapping"),
-    ("names: [a]\npath: [x]", "path must name one folder, found a list"),
-    ("names: [a]\ntest: ../test.TXT", 'test: "../test.TXT" is a list of images; folders alone are read'),
+    ("names: [a]\ntrain: [x, {y: z}]", "train must name folders or lists of images, found a mapping"),
+    ("names: [a]\nval: {x: y}", "val must name folders or lists of images, found a mapping"),
+    ("names: [a]\npath: [x]", "path must name folders or lists of images, found a list"),
+    ('names: [a]\ntest: "a\\0b"', 'test: "a\\u0000b" holds an unprintable character'),
     ("names: [a]\nkpt_shape: [17, 3]", "kpt_shape: labels of poses, not of boxes"),
 ]
 
@@ -264,11 +266,10 @@ def test_an_absolute_base_and_a_link_within_the_dataset_are_followed(tmp_path: P
     assert report.findings == {}
 
 
-@pytest.mark.parametrize("declared", ["../train/images", "/", "gone", "train/images/a.png", "x" * 300, '"a\\0b"'])
+@pytest.mark.parametrize("declared", ["../other/images", "/", "gone", "train/images/a.png", "x" * 300])
 def test_a_declared_folder_that_is_not_in_the_dataset_is_replaced_by_the_usual_one(
     tmp_path: Path, declared: str
 ) -> None:
-    """Exports of Roboflow name ../train/images."""
     folder = small_yolo(tmp_path / "outer" / "inner")
     small_yolo(tmp_path / "outer" / "other")
     data_file(f"train: {declared}\nval: valid/images\n")(folder)
@@ -441,11 +442,8 @@ CASES: dict[str, list[tuple[str, Edit, list[str], Edit]]] = {
     "box-empty": [
         (
             "warning",
-            labels(f"{WHOLE}1 0.5 0.5 0 0.5\n1 0.5 0.5 0.5 -0.5"),
-            [
-                "train/a.png: a.txt line 3 [32.0, 12.0, 0.0, 24.0]",
-                "train/a.png: a.txt line 4 [16.0, 36.0, 32.0, -24.0]",
-            ],
+            labels(f"{WHOLE}1 0.5 0.5 0 0.5"),
+            ["train/a.png: a.txt line 3 [32.0, 12.0, 0.0, 24.0]"],
             labels(f"{WHOLE}1 0.5 0.5 1e-6 0.5"),
         )
     ],
@@ -492,7 +490,7 @@ CASES: dict[str, list[tuple[str, Edit, list[str], Edit]]] = {
         (
             "error",
             text("train/images/a.png", b"text"),
-            ["train/a.png: no image format that Pillow knows"],
+            ["train/a.png: no image format that is read"],
             text("train/images/a.png", encoded(picture(seed=3), "BMP")),
         )
     ],
@@ -516,10 +514,6 @@ def test_each_finding_and_its_near_miss(
     small_yolo(tmp_path)
     near_miss(tmp_path)
     assert code not in findings(tmp_path)
-
-
-def test_every_remark_of_the_reader_is_provoked() -> None:
-    assert set(yolo._MESSAGES) <= set(CASES)
 
 
 def test_all_bad_lines_are_found_in_one_go(tmp_path: Path) -> None:

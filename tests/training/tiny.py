@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from rfdetr_core.config import ModelConfig, TrainConfig
+from rfdetr_core.data.findings import Report
 from rfdetr_core.data.formats.coco import read_coco_folder
 from rfdetr_core.data.loading import Batch
-from rfdetr_core.data.prepared import PreparedDataset, PrepareOptions, write_prepared
+from rfdetr_core.data.prepared import PreparedDataset
+from rfdetr_core.data.preparing import PrepareOptions, write_prepared
 from rfdetr_core.data.sample import write_sample_dataset
-from rfdetr_core.data.validation import Report, validate
+from rfdetr_core.data.validation import validate
 from rfdetr_core.training.loop import TrainingJob
 
 MODEL: dict[str, Any] = {

@@ -15,17 +15,20 @@ from typing import Any, NamedTuple
 import yaml
 from yaml.error import MarkedYAMLError
 
-from rfdetr_core.data.formats.source import UNPRINTABLE, shown
+from rfdetr_core.data.formats.source import UNPRINTABLE, read_annotation_file, shown
 from rfdetr_core.errors import DatasetError
 
 NAMES = ("data.yaml", "data.yml")
 
 
+MAX_MB = 16  # of a data file
+
+
 class Declared(NamedTuple):
-    """A split's folder as the data file has it."""
+    """Where a split's images are, as the data file has it: folders, or text files that list images."""
 
     key: str
-    value: str
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class _TextLoader(yaml.BaseLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys: set[str] = set()
+        if not isinstance(node, yaml.MappingNode):
+            raise MarkedYAMLError(problem="a mapping is wanted", problem_mark=node.start_mark)
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 raise MarkedYAMLError(problem=f"duplicate key {shown(key.value)}", problem_mark=key.start_mark)
@@ -73,7 +78,7 @@ def read_data_file(path: Path) -> DataFile:
 
     Raises:
         DatasetError: unreadable, not YAML; `names` is neither a list nor a mapping from 0 to N-1; `nc` is not their
-            number; a split is not one folder; the labels are of poses.
+            number; a split is neither a text nor a list of texts; the labels are of poses.
     """
     document = _load(path)
     if "kpt_shape" in document:
@@ -86,16 +91,15 @@ def read_data_file(path: Path) -> DataFile:
     for key, split in (("train", "train"), ("valid", "valid"), ("val", "valid"), ("test", "test")):
         value = document.get(key)
         if not _is_nothing(value):
-            folders[split] = Declared(key, _folder(value, key, path))
+            values = value if isinstance(value, list) and value else [value]
+            folders[split] = Declared(key, tuple(_text(part, key, path) for part in values))
     base = document.get("path")
-    return DataFile(path, names, folders, None if _is_nothing(base) else _folder(base, "path", path))
+    return DataFile(path, names, folders, None if _is_nothing(base) else _text(base, "path", path))
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_bytes().decode("utf-8-sig"), _TextLoader)
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from error
+        document = yaml.load(read_annotation_file(path, path.parent, MAX_MB).decode("utf-8-sig"), _TextLoader)
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8") from error
     except MarkedYAMLError as error:
@@ -137,13 +141,11 @@ def _in_order(value: dict[Any, Any], path: Path) -> list[Any]:
     return [by_label[label] for label in range(len(by_label))]
 
 
-def _folder(value: Any, key: str, path: Path) -> str:
-    if not isinstance(value, str):
-        raise DatasetError(f"{path}: {key} must name one folder, found {_kind(value)}", hint="merge the folders")
-    if value.lower().endswith(".txt"):
-        raise DatasetError(
-            f"{path}: {key}: {shown(value)} is a list of images; folders alone are read", hint="name a folder"
-        )
+def _text(value: Any, key: str, path: Path) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DatasetError(f"{path}: {key} must name folders or lists of images, found {_kind(value)}")
+    if UNPRINTABLE.search(value):
+        raise DatasetError(f"{path}: {key}: {shown(value)} holds an unprintable character")
     return value
 
 
@@ -152,4 +154,6 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "an empty text"
     return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else "nothing"
