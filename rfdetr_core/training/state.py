@@ -162,7 +162,7 @@ def begin_together(job: TrainingJob, world: World) -> Beginning:
     if len(set(world.texts(f"{job.inputs} {step}"))) > 1:
         raise RFDETRError(
             "the nodes begin with different trainings or checkpoints",
-            hint="give all of them the same config, and folders of their own that are empty, or one that they share",
+            hint="give all of them the same config, and each an empty folder of its own",
         )
     return begin
 

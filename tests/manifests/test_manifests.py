@@ -44,7 +44,10 @@ def documents(name: str) -> list[Json]:
     return list(yaml.safe_load_all((MANIFESTS / "rendered" / f"{name}.yaml").read_text()))
 
 
-ALL = [(name, document) for name in RENDERED for document in documents(name)]
+BASE = documents("base")
+ALL = [  # each once: overlays repeat what they leave as it is
+    (name, document) for name in RENDERED for document in documents(name) if name == "base" or document not in BASE
+]
 IDS = [f"{name}-{document['kind']}-{document['metadata']['name']}" for name, document in ALL]
 
 

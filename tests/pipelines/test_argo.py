@@ -18,6 +18,8 @@ from components.train.trainjob import AWAITED, SETTINGS, NodeSettings, train_job
 from pipelines.argo import EXECUTOR, account, as_document, as_yaml, cron_workflow, workflow_template
 from pipelines.argo_lint import cron_problem, lint
 from pipelines.platform import load_profile, profile_names
+from pipelines.pods import node_settings
+from rfdetr_core.errors import ConfigError
 from tests.components.test_train_nodes import lost
 
 Json = dict[str, Any]
@@ -140,6 +142,43 @@ class TestTheTemplates:
         for name in ("validate-dataset", "notify"):
             names = {row["name"] for row in named(document, name)["container"]["env"]}
             assert AWAITED in names and SETTINGS not in names
+
+    def test_whatever_a_profile_says_of_placement_reaches_the_nodes(self, tmp_path: Path) -> None:
+        import kubeflow_trainer_api.models as trainer
+
+        path = tmp_path / "own.yaml"
+        path.write_text(
+            "extends: multi-node\ndescription: d\n"
+            "s3: {secret: keys, ca_secret: authority}\nimage_pull_secrets: [pull]\n"
+            "stages:\n  train:\n    node_selector: {pool: gpu}\n    labels: {team: vision}\n"
+            "    secrets: [{secret: tracker, optional: true, entries: {key: WANDB_API_KEY}}]\n"
+            "    affinity:\n      - match: [{key: zone, values: [a]}]\n"
+            "      - {weight: 5, match: [{key: spot, operator: Exists}]}\n"
+        )
+        settings = node_settings(load_profile(str(path)), "r.example.com/train:1")
+        job = train_job(settings, run_uri="s3://b/runs/a", nodes=3, devices=8, inputs="", attempt="")
+        assert lost(trainer.TrainerV1alpha1TrainJob, job) == []
+        [patch] = job["spec"]["runtimePatches"]
+        [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        template = node["template"]["spec"]["template"]
+        pod = template["spec"]
+        assert pod["nodeSelector"] == {"pool": "gpu"} and template["metadata"]["labels"]["team"] == "vision"
+        assert pod["imagePullSecrets"] == [{"name": "pull"}] and pod["securityContext"]["runAsNonRoot"] is True
+        assert {volume["name"] for volume in pod["volumes"]} == {"shm", "scratch", "ca"}
+        affinity = pod["affinity"]["nodeAffinity"]
+        assert affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"][0]["matchExpressions"]
+        assert affinity["preferredDuringSchedulingIgnoredDuringExecution"][0]["weight"] == 5
+        secrets = {
+            row["name"]: row["valueFrom"]["secretKeyRef"] for row in job["spec"]["trainer"]["env"] if "valueFrom" in row
+        }
+        assert secrets["WANDB_API_KEY"] == {"name": "tracker", "key": "key", "optional": True}
+        assert secrets["AWS_ACCESS_KEY_ID"] == {"name": "keys", "key": "AWS_ACCESS_KEY_ID"}
+
+    def test_several_gpu_types_do_not_go_with_a_trainjob(self, tmp_path: Path) -> None:
+        path = tmp_path / "own.yaml"
+        path.write_text("extends: multi-node\ndescription: d\ngpu: {types: [nvidia.com/gpu, amd.com/gpu]}\n")
+        with pytest.raises(ConfigError, match=r"gpu\.types: .*gpu_type would not reach the nodes"):
+            load_profile(str(path))
 
     def test_are_the_same_bytes_every_time(self) -> None:
         one, two = (
