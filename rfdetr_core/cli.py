@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> None:
         from rfdetr_core.training.folder import job_in_folder
         from rfdetr_core.training.loop import train as train_detector
 
-        job = job_in_folder(config.model, settings, _start(config.model))
+        job = job_in_folder(config.model, settings, _start(config.model), config.dataset)
         with local_errors("write", output):
             (output / "config.yaml").write_text(dump_yaml(config))
         stop.deferred = True

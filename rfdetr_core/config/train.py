@@ -213,7 +213,7 @@ class TrainConfig(Config):
     """Progress bar on the console; the booleans of older versions are understood."""
 
     # --- Data
-    dataset_file: Literal["roboflow", "coco", "yolo"] = "roboflow"
+    dataset_file: Literal["roboflow", "coco", "yolo", "voc"] = "roboflow"
     """Layout of dataset_dir in the Python API; "roboflow" finds out by itself."""
     resolution: Int | None = None
     """Side of the square input; null: the variant's. The same as model.resolution, where its rules stand."""

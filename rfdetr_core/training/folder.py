@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from rfdetr_core.config import ModelConfig, ModelSection, TrainConfig
+from rfdetr_core.config.sections import DatasetConfig
+from rfdetr_core.data.checks import CheckOptions
 from rfdetr_core.data.class_names import named
 from rfdetr_core.data.findings import Report
 from rfdetr_core.data.intake import take_in
 from rfdetr_core.data.prepared import PreparedDataset
-from rfdetr_core.data.preparing import PrepareOptions, dataset_digest, write_prepared
+from rfdetr_core.data.preparing import PrepareOptions, dataset_digest, report_dropped, write_prepared
 from rfdetr_core.data.report import report_html, report_json
 from rfdetr_core.data.scales import largest_useful_short_side
 from rfdetr_core.errors import CheckpointError, ConfigError
@@ -50,11 +52,14 @@ class Start:
     digest: str
 
 
-def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None = None) -> TrainingJob:
+def job_in_folder(
+    section: ModelSection, train: TrainConfig, start: Start | None = None, given: DatasetConfig | None = None
+) -> TrainingJob:
     """Validate and prepare `train.dataset_dir`, find the batch size if it is "auto"; results go to `train.output_dir`.
 
     A dataset that is prepared already is used as it is; what was prepared or searched before is taken over.
-    Without `start` the weights are drawn.
+    Without `start` the weights are drawn. `given` says what is tolerated in the dataset; its place and layout are those
+    of `train`.
 
     Raises:
         ConfigError: too few classes for the dataset, or the folder holds another training.
@@ -65,7 +70,10 @@ def job_in_folder(section: ModelSection, train: TrainConfig, start: Start | None
     """
     output = Path(train.output_dir)
     options = PrepareOptions(train_short_side=largest_useful_short_side(section, train))
-    dataset = _prepared_dataset(Path(str(train.dataset_dir)), output, options, train.dataset_file)
+    taken = given or DatasetConfig(uri=str(train.dataset_dir))
+    report = Report(CheckOptions.of(taken, section))
+    source = Path(str(train.dataset_dir))
+    dataset = _prepared_dataset(source, output, options, train.dataset_file, report, taken.missing_test)
     dataset.class_map = named(dataset.class_map, train.class_names)
     model = section.for_dataset(len(dataset.class_map))
     inputs = training_identity(
@@ -116,13 +124,15 @@ def dataset_in_folder(source: Path, folder: Path, split: str) -> PreparedDataset
     return PreparedDataset(folder)
 
 
-def _prepared_dataset(source: Path, output: Path, options: PrepareOptions, layout: str) -> PreparedDataset:
+def _prepared_dataset(
+    source: Path, output: Path, options: PrepareOptions, layout: str, report: Report, missing_test: str
+) -> PreparedDataset:
     if (source / "dataset.json").is_file():
         return PreparedDataset(source)
     _make(output)
-    report, document, class_map, splits = Report(), None, None, None
+    document = class_map = splits = None
     try:
-        class_map, splits = take_in(source, layout, report, pixels=False)
+        class_map, splits = take_in(source, layout, report, missing_test=missing_test, pixels=False)
         folder = output / "dataset" / dataset_digest(class_map, splits, options)
         _make(folder.parent)
         if not folder.exists():
@@ -130,6 +140,9 @@ def _prepared_dataset(source: Path, output: Path, options: PrepareOptions, layou
                 new = Path(scratch) / "new"
                 write_prepared(new, class_map, splits, options, source=str(source), report=report)
                 new.rename(folder)  # whole, or not there
+        else:
+            report_dropped(PreparedDataset(folder).document, report)
+            report.raise_errors(str(source))
         dataset = PreparedDataset(folder)
         document = dataset.document
     finally:

@@ -9,6 +9,7 @@ ten seconds, and no file outside of the folder given. Prints how many of which o
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -111,14 +112,14 @@ def _json(path: Path, rng: random.Random) -> None:
                 if what < 0.15:
                     del node[key]
                 elif what < 0.3 and isinstance(node, list):
-                    node.append(node[key])
+                    node.append(copy.deepcopy(node[key]))
                 elif what < 0.34:
                     deep: Any = 1
                     for _ in range(900):
                         deep = [deep]
                     node[key] = deep
                 else:
-                    node[key] = rng.choice(VALUES)
+                    node[key] = copy.deepcopy(rng.choice(VALUES))
                 break
             node = node[key]
     path.write_text(json.dumps(document), errors="surrogatepass")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+from rfdetr_core.data.checks import CHECKS
 from rfdetr_core.data.findings import Report
 from rfdetr_core.data.preparing import PrepareOptions, write_prepared
 from rfdetr_core.data.report import ROWS_SHOWN, report_html, report_json
+from rfdetr_core.data.statistics import split_statistics
 from tests.data.helpers import annotation, document, image_row, validated, write_dataset
 
 
@@ -89,3 +91,40 @@ def test_a_dataset_that_could_not_even_be_read_is_not_called_usable() -> None:
     text = Page(report_html("source", Report(), None)).text
     assert "Not usable: 0 errors" in text and "could not be read" in text
     assert "Nothing to remark" not in text
+
+
+def test_the_page_stays_below_5_mb_whatever_it_tells(tmp_path: Path) -> None:
+    """Long rows of every code, a thousand classes, and large pictures in which nothing is alike."""
+    rows = [image_row(i + 1, f"{i}.png", 320, 320) for i in range(40)]
+    classes = [{"id": i + 1, "name": f"{i} {'long name ' * 20}"} for i in range(1000)]
+    boxes = [annotation(i + 1, i % 40 + 1, i % 40 + 1) for i in range(80)]
+    write_dataset(tmp_path / "s", document(rows, boxes, classes), document(rows[:2], boxes[:1], classes))
+    class_map, splits, report = validated(tmp_path / "s")
+    document_of = {
+        "classes": class_map.to_json(),
+        "splits": {name: split_statistics(split.table, class_map) for name, split in splits.items()},
+    }
+    for code in CHECKS:
+        report.add(code, [f"train/{i}.png: {'x' * 5000}" for i in range(300)])
+    html = report_html("source", report, document_of, class_map, splits)
+    assert 3_000_000 < len(html.encode()) < 5_000_000
+    assert "… 500 more in report.json" in html and "data:image/jpeg" in html
+
+
+def test_pictures_of_each_class_and_of_the_worst_images(tmp_path: Path) -> None:
+    rows = [image_row(i + 1, f"{i}.png") for i in range(6)]
+    boxes = [
+        annotation(1, 1, 1),
+        annotation(2, 2, 2),
+        annotation(3, 4, 1, (5, 5, 0, 9)),
+        annotation(4, 4, 1, (5, 5, 9, 0)),
+    ]
+    write_dataset(tmp_path / "s", document(rows, boxes))
+    class_map, splits, report = validated(tmp_path / "s")
+    html = report_html("source", report, None, class_map, splits)
+    text = Page(html).text
+    assert text.index("Worst images, as they are now") < text.index("train/3.png · 0 boxes")
+    assert text.index("Samples of each class") < text.index("cat: train/0.png · 1 boxes · cat")
+    assert "dog: train/1.png · 1 boxes · dog" in text and "train/3.png 2 box-empty" in " ".join(text.split())
+    (tmp_path / "s" / "train" / "0.png").unlink()  # gone meanwhile: left out
+    assert "cat: train/0.png" not in Page(report_html("source", report, None, class_map, splits)).text

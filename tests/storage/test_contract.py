@@ -256,3 +256,18 @@ def test_a_tick_can_stop_a_transfer(root: Location, tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         (root / "a").download_file(tmp_path / "copy", stop)
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["large"]
+
+
+def test_a_tag_is_another_one_when_the_bytes_change(root: Location) -> None:
+    def tags() -> tuple[str, str]:
+        [info] = (root / "d").list_files()
+        assert (info.name, info.size) == ("f", 3)
+        return info.tag, (root / "d/f").entity_tag()
+
+    (root / "d/f").write_bytes(b"one")
+    first = tags()
+    (root / "d/f").write_bytes(b"two")
+    if root.local_path is not None:
+        assert first == tags() == ("", "")
+    else:
+        assert all(first) and all(old != new for old, new in zip(first, tags(), strict=True))
