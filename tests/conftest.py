@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,23 @@ from hypothesis import settings
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
+
+
+def pytest_sessionstart() -> None:
+    """What is imported and collected stays: to look through it again and again took half of the time of collecting."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nor is it looked through in tests, a second each time."""
+    if not gc.get_freeze_count():
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # or libraries say that their objects were lost
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
