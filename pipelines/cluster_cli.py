@@ -20,6 +20,7 @@ from rfdetr_core.config import merge, parse_assignments, parse_overrides
 from rfdetr_core.errors import ConfigError
 from rfdetr_core.storage import location
 
+POLL_SECONDS = 15.0
 console = Console(highlight=False)
 
 PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, spot-gpu, or the path of a YAML file.")
@@ -33,13 +34,19 @@ RESOURCES = typer.Option(
 CONFIG = typer.Option("--config", help="YAML of the run: a path or an s3:// URI.")
 SET = typer.Option("--set", help="Override one field, such as train.epochs=3; may be repeated.")
 OVERRIDES = typer.Option("--overrides", help='Override by a JSON object, such as \'{"train": {"epochs": 3}}\'.')
-ROOT = typer.Option("--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix. [default: the profile's]")
-RUN_ID = typer.Option("--run-id", help="Name of the run; the same name again continues it. [default: by its content]")
-HOST = typer.Option("--host", envvar="KF_PIPELINES_ENDPOINT", help="Address of KFP. [default: through the kubeconfig]")
-NAMESPACE = typer.Option("--namespace", envvar="RFDETR_NAMESPACE", help="Where the run's pods are. [default: kubeflow]")
+ROOT = typer.Option("--root", envvar="RFDETR_ROOT", help="Store: s3://bucket/prefix; by default the profile's.")
+RUN_ID = typer.Option(
+    "--run-id", help="Name of the run; the same name again continues it; by default it is named by its content."
+)
+HOST = typer.Option(
+    "--host", envvar="KF_PIPELINES_ENDPOINT", help="Address of KFP; by default the kubeconfig leads there."
+)
+NAMESPACE = typer.Option(
+    "--namespace", envvar="RFDETR_NAMESPACE", help="Where the run's pods are; by default kubeflow."
+)
 GPU_TYPE = typer.Option("--gpu-type", help="One of the profile's gpu.types.")
 GPU_COUNT = typer.Option("--gpu-count", help="GPUs of the pod that trains, one of the profile's gpu.counts.")
-EXPERIMENT = typer.Option("--experiment", help="Experiment of KFP. [default: the config's name]")
+EXPERIMENT = typer.Option("--experiment", help="Experiment of KFP; by default the config's name.")
 UNPINNED = typer.Option(
     "--unpinned", help="Take images by tag, as make images names them: for a cluster on this machine."
 )
@@ -97,7 +104,7 @@ def submit(
     if_changed: Annotated[bool, IF_CHANGED] = False,
     follow: Annotated[bool, WAIT] = False,
     timeout: Annotated[float | None, TIMEOUT] = None,
-    poll: Annotated[float, POLL] = 15.0,
+    poll: Annotated[float | None, POLL] = None,
     summary: Annotated[Path | None, SUMMARY] = None,
     output: Annotated[Path | None, OUTPUT] = None,
     debug: Annotated[bool, DEBUG] = False,  # main reads it
@@ -105,6 +112,13 @@ def submit(
     """Run the DAG on a cluster with Kubeflow Pipelines; the same command twice starts it once."""
     from pipelines import submit as entry
 
+    for option, value, goes in (
+        ("--timeout", timeout, follow),
+        ("--poll", poll, follow),
+        ("--summary", summary, follow or if_changed),
+    ):
+        if value is not None and not goes:
+            raise ConfigError(f"{option} goes with --wait", hint="give it as well")
     request = _request(
         entry, config, assignments, overrides, root, load_profile(profile), digests=digests, unpinned=unpinned
     )
@@ -128,7 +142,7 @@ def submit(
     _say(f"run:  {link}")
     _say(f"data: {done.run_uri}")
     if follow:
-        _wait(api, done.kfp_run_id, timeout, poll, summary)
+        _wait(api, done.kfp_run_id, timeout, poll or POLL_SECONDS, summary)
 
 
 def schedule(
@@ -185,7 +199,7 @@ def wait(
     host: Annotated[str | None, HOST] = None,
     namespace: Annotated[str | None, NAMESPACE] = None,
     timeout: Annotated[float | None, TIMEOUT] = None,
-    poll: Annotated[float, POLL] = 15.0,
+    poll: Annotated[float, POLL] = POLL_SECONDS,
     summary: Annotated[Path | None, SUMMARY] = None,
     debug: Annotated[bool, DEBUG] = False,
 ) -> None:

@@ -121,7 +121,8 @@ class KfpApi:
             reason = _cause(error)
             raise TransientError(f"cannot {what}: {self.host} does not answer: {reason}", hint=_FORWARD) from error
         except (OpenApiException, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise UserError(
+            kind = NotLoggedInError if isinstance(error, WebPageError) else UserError
+            raise kind(
                 f"cannot {what}: {self.host} answers, but not as KFP's API does: {_line(str(error))}",
                 hint=f"is it the right address, and is {COOKIE_VARIABLE} or {TOKEN_VARIABLE} needed to log in?",
             ) from error
@@ -134,7 +135,8 @@ class KfpApi:
             return NotLoggedInError(f"cannot {what}: {self.host} wants other credentials (401)", hint=hint)
         if status == 403:
             return UserError(
-                f"cannot {what}: no permission{where} (403): {said}", hint="ask for the role pipeline-user"
+                f"cannot {what}: no permission{where} (403): {said}",
+                hint="ask for kubeflow-pipelines-edit",
             )
         if status == 404:
             return NotThereError(
@@ -166,6 +168,10 @@ class KfpApi:
 
 class NotLoggedInError(UserError):
     """401: worth another try with fresh credentials."""
+
+
+class WebPageError(ValueError):
+    """An answer that is no JSON, as a gateway sends one to log in."""
 
 
 class NotThereError(UserError):
@@ -209,9 +215,9 @@ def _client(connection: Connection) -> Any:
 
 
 def _json_only(answer: Any) -> Any:
-    """Refuse a web page, as a gateway sends one to log in: kfp's client would take it for an answer without fields."""
+    """Refuse a web page: kfp's client would take it for an answer without fields."""
     if answer.data.strip()[:1] not in (b"", b"{", b"["):
-        raise ValueError("it sent a web page")
+        raise WebPageError("it sent a web page")
     return answer
 
 

@@ -77,6 +77,8 @@ def details(summary: Mapping[str, Any]) -> list[str]:
     for key, who in (("scores", "candidate"), ("champion_scores", "champion")):
         if summary[key]:
             lines.append(f"{who}: " + ", ".join(f"{name} {value:.3f}" for name, value in summary[key].items()))
+    if "report" in summary:
+        lines.append(f"report: {summary['report']}")
     return [*lines, str(summary["run_uri"])]
 
 

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import docker
 import pytest
 import yaml
 
+from components.images import image
 from components.stages import CONTAINERS
 from pipelines.containers.tool import parse_size
 from tests.processes import output_of
@@ -269,6 +273,31 @@ def test_a_dataset_to_mount_that_does_not_exist(tmp_path: Path) -> None:
     code, output = run(tmp_path, "--in-containers", "--set", "dataset.uri=nowhere")
     assert code == 2
     assert output == f"error: dataset.uri: {tmp_path / 'nowhere'}: no such file or folder (check the path)\n"
+
+
+@pytest.mark.parametrize(("stage", "told"), [("notify", {"HOOK": "https://hooks.example/secret"}), ("train", {})])
+def test_only_notify_is_told_the_webhooks_address(
+    stage: str, told: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.containers.engine import Containers, stage_settings
+    from pipelines.containers.runner import ContainerRunner
+
+    monkeypatch.setenv("HOOK", "https://hooks.example/secret")
+    settings = stage_settings(Containers(webhook="HOOK"), {stage: f"localhost/{image(stage)}"}, {}, "attempt")
+    assert "hooks.example" not in json.dumps(settings)  # ps shows it
+    started: list[dict[str, Any]] = []
+
+    class Engine:
+        info = staticmethod(dict)
+        images = SimpleNamespace(get=lambda name: SimpleNamespace(id="sha256:ab"))
+        containers = SimpleNamespace(create=lambda **options: started.append(options) or stop())
+
+    def stop() -> None:
+        raise docker.errors.DockerException("only looked at")
+
+    runner = ContainerRunner(settings, tmp_path / "exits")
+    assert runner(Engine(), image(stage), ["true"], {}) == 125
+    assert {name: value for name, value in started[0]["environment"].items() if name == "HOOK"} == told
 
 
 def test_limits_are_for_containers(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_success(command: Command, stub: Stub, started: Location, tmp_path: Path
         "r1 promoted a new champion",
         "map 0.5000; there is no champion yet",
         "candidate: map 0.500, map50 0.750",
+        f"report: {started.uri}/evaluate/report.html",
         started.uri,
     ]
     assert (tmp_path / "summary.md").read_text().startswith("# r1 promoted a new champion\n")
@@ -164,7 +165,10 @@ def test_a_token_that_expired_is_read_anew(stub: Stub, started: Location, monkey
 
     monkeypatch.setattr(clock, "sleep", renew)
     assert patiently(stub, clock).exit_code == 0
-    stub.token = "third"
+    stub.login_page = True  # as a session that ends shows itself behind a gateway
+    with pytest.raises(NotLoggedInError, match="it sent a web page"):
+        patiently(stub, clock)
+    stub.login_page, stub.token = False, "third"
     with pytest.raises(NotLoggedInError, match=r"\(401\)"):
         patiently(stub, clock)
 

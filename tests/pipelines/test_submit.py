@@ -232,6 +232,7 @@ def test_a_kfp_of_many_users_is_told_the_namespace(command: Command, stub: Stub)
         (["--gpu-count", "3"], "--gpu-count: 3 does not go with the profile single-gpu (one of 1;"),
         (["--profile", "cpu", "--gpu-count", "1"], "--gpu-count: the profile cpu has no GPU"),
         (["--set", "dataset.uri=data"], "is on this machine, which the cluster does not see (copy it to S3)"),
+        (["--timeout", "3"], "--timeout goes with --wait (give it as well)"),
         (["--root", "store"], "--root: store is a folder of this machine"),
         (["--digests", "nowhere.json"], "nowhere.json: no such file (make push REGISTRY=... writes it)"),
         (["--host", "localhost"], "--host: 'localhost' is no http(s) address"),
