@@ -60,7 +60,7 @@ compile: $(READY) ## Write the pipeline as KFP IR YAML to build/retrain.yaml
 
 manifests: $(READY) ## Render manifests/ with kubectl into manifests/rendered/
 	$(BIN)/rfdetr-pipeline argo compile --profile single-gpu --output manifests/argo/workflow-template.yaml
-	for folder in base argo multi-node overlays/minio overlays/aws-irsa overlays/spot; do \
+	for folder in base argo multi-node overlays/minio overlays/aws-irsa overlays/aws-irsa-argo overlays/spot; do \
 	  kubectl kustomize manifests/$$folder > manifests/rendered/$$(basename $$folder).yaml || exit; \
 	done
 

@@ -21,7 +21,7 @@ from rfdetr_core.storage import location
 argo = typer.Typer(no_args_is_help=True, help="The DAG on Argo Workflows alone, without Kubeflow Pipelines.")
 console = Console(highlight=False)
 
-PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, spot-gpu, multi-node, or the path of a file.")
+PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, multi-node, spot-gpu, or the path of a file.")
 NAMESPACE = typer.Option("--namespace", help="Namespace of the cluster.")
 PINNED = typer.Option("--pinned", help="Name images by the digests that make push wrote.")
 DIGESTS_FILE = typer.Option("--digests", help="The file that make push wrote.")

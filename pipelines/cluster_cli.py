@@ -23,7 +23,7 @@ from rfdetr_core.storage import location
 POLL_SECONDS = 15.0
 console = Console(highlight=False)
 
-PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, spot-gpu, or the path of a YAML file.")
+PROFILE = typer.Option("--profile", help="cpu, single-gpu, multi-gpu, multi-node, spot-gpu, or a path of yours.")
 PINNED = typer.Option("--pinned", help="Name images by the digests that make push wrote.")
 DIGESTS_FILE = typer.Option("--digests", help="The file that make push wrote.")
 CHOICES = typer.Option("--choices", help="Offer GPU types and counts as choices in the UI (KFP 2.16 or later).")

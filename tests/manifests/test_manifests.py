@@ -44,9 +44,12 @@ def documents(name: str) -> list[Json]:
     return list(yaml.safe_load_all((MANIFESTS / "rendered" / f"{name}.yaml").read_text()))
 
 
-BASE = documents("base")
+BASE = documents("base") + documents("argo")
 ALL = [  # each once: overlays repeat what they leave as it is
-    (name, document) for name in RENDERED for document in documents(name) if name == "base" or document not in BASE
+    (name, document)
+    for name in RENDERED
+    for document in documents(name)
+    if name in ("base", "argo") or document not in BASE
 ]
 IDS = [f"{name}-{document['kind']}-{document['metadata']['name']}" for name, document in ALL]
 
@@ -247,6 +250,13 @@ class TestIam:
             for row in self.POLICIES[name]["Statement"]
             for pattern in row["Resource"]
         )
+
+    def test_every_account_of_argo_has_the_role_of_its_stage(self) -> None:
+        accounts = of_kind("aws-irsa-argo", "ServiceAccount")
+        for facts in CONTAINERS.values():
+            role = accounts[account(facts)]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+            assert role.endswith(f":role/rfdetr-{facts.target}")
+        assert "annotations" not in accounts[EXECUTOR]["metadata"]
 
     def test_only_promote_touches_the_registry(self) -> None:
         champion = "models/detector/champion.json"

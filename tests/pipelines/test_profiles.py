@@ -117,6 +117,6 @@ def test_a_base_that_does_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["single", "./nowhere.yaml", "../profiles/cpu"])
 def test_a_profile_that_does_not_exist(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"no such profile \(.*there are cpu, multi-gpu, single-gpu, spot-gpu; or give"
+        ConfigError, match=r"no such profile \(.*there are cpu, multi-gpu, multi-node, single-gpu, spot-gpu; or give"
     ):
         load_profile(name)
