@@ -3,15 +3,15 @@
     python -m benchmarks.dataset generate DIR [--images 20000]     # 2.5 GB of JPEG files, and a large COCO file
     python -m benchmarks.dataset measure DIR
 
-Every row is a fresh process, timed from its first line to its last, start of Python not counted; peak memory is that
-process's. Rows of one kind stand together:
+Every row is a fresh process, timed from its first line to its last, start of Python not counted; "cpu" is what it took
+of the processor in that time, and peak memory is that process's. Rows of one kind stand together:
 
 index      A COCO file of 118,000 images and 860,000 boxes, to a table (ours) or the index of pycocotools and hotcoco.
 check      The generated images' dataset. Ours reads all bytes of every image, its header and its digest; hotcoco's
            healthcheck looks at the annotations alone.
 prepare    The validate_dataset stage: check, decode every pixel, reduce train images of 1280x960 to 800x600, write and
            publish, report. Conversion by hotcoco writes label files only, by supervision it copies images too (its
-           `as_yolo`), and neither checks or decodes for us, so they stand beside it without a ratio.
+           `as_yolo`); neither checks pixels or reduces them.
 again      The stage once more, another run of unchanged data.
 """
 
@@ -222,7 +222,8 @@ def measure(folder: Path, only: list[str], peer: Path) -> None:
         python = str(peer) if "supervision" in name else sys.executable
         row = _run(python, name, folder)
         rate = "" if name.startswith("index") else f"{images / row['seconds']:8.0f} images/s"
-        print(f"{name:28}{row['seconds']:8.2f} s {row['rss'] / 1e6:7.0f} MB {rate:18} {row['said']}", flush=True)
+        took = f"{row['seconds']:8.2f} s {row['cpu']:8.2f} s cpu {row['rss'] / 1e6:6.0f} MB"
+        print(f"{name:28}{took} {rate:18} {row['said']}", flush=True)
 
 
 def _run(python: str, name: str, folder: Path) -> dict[str, Any]:
@@ -232,7 +233,12 @@ def _run(python: str, name: str, folder: Path) -> dict[str, Any]:
     )
     line = next((line for line in done.stdout.splitlines() if line.startswith(RESULT)), None)
     if line is None:
-        return {"seconds": float("nan"), "rss": float("nan"), "said": f"failed with {done.returncode}"}
+        return {
+            "seconds": float("nan"),
+            "cpu": float("nan"),
+            "rss": float("nan"),
+            "said": f"failed with {done.returncode}",
+        }
     row: dict[str, Any] = json.loads(line.removeprefix(RESULT))
     return row
 
@@ -244,8 +250,9 @@ def step(name: str, folder: Path) -> None:
     start = time.perf_counter()
     said = STEPS[name](folder)
     seconds = time.perf_counter() - start
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(RESULT + json.dumps({"seconds": seconds, "rss": rss, "said": said}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime
+    print(RESULT + json.dumps({"seconds": seconds, "cpu": cpu, "rss": used.ru_maxrss * 1024, "said": said}))
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def _taken(
 ) -> tuple[ClassMap, dict[str, ValidSplit]]:
     dataset = config.dataset
     pixels = not arguments.headers_only and getattr(arguments, "to", "") != "prepared"
-    return take_in(folder, dataset.format, report, missing_test=dataset.missing_test, pixels=pixels)
+    return take_in(folder, dataset.format, report, missing_test=dataset.missing_test, pixels=pixels, name=dataset.uri)
 
 
 def _described(class_map: ClassMap, splits: dict[str, ValidSplit]) -> dict[str, Any]:

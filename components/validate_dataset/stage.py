@@ -105,7 +105,12 @@ def _prepare(context: StageContext, found: _Found) -> str:
     config, report = context.config, found.report
     folder = local_dataset(config.dataset.uri, context.work, max_unpacked_gb=config.dataset.max_unpacked_gb)
     class_map, splits = take_in(
-        folder, config.dataset.format, report, missing_test=config.dataset.missing_test, pixels=False
+        folder,
+        config.dataset.format,
+        report,
+        missing_test=config.dataset.missing_test,
+        pixels=False,
+        name=config.dataset.uri,
     )
     found.class_map, found.splits = named(class_map, config.train.class_names), splits
     _tell(splits, found.class_map.names)

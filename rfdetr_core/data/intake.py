@@ -70,19 +70,23 @@ def _listed(source: Location) -> list[tuple[str, int, str]]:
 
 
 def take_in(
-    folder: Path, layout: str, report: Report, *, missing_test: str = "hash", pixels: bool = True
+    folder: Path, layout: str, report: Report, *, missing_test: str = "hash", pixels: bool = True, name: str = ""
 ) -> tuple[ClassMap, dict[str, ValidSplit]]:
     """Read a local folder, judge it, and fill in the splits that it does not have.
 
     Args:
         layout: see `read_folder`.
         missing_test, pixels: see `fill_missing_splits` and `validate`.
+        name: what errors call the folder, where it is a copy of something else.
 
     Raises:
         DatasetError: it cannot be used; `report` holds what was found.
     """
-    splits = read_folder(folder, layout, max_mb=report.options.max_annotation_mb)
-    class_map, valid = validate(splits, report, pixels=pixels)
-    filled = fill_missing_splits(valid, report, missing_test=missing_test)
-    report.raise_errors(str(folder))
+    try:
+        splits = read_folder(folder, layout, max_mb=report.options.max_annotation_mb)
+        class_map, valid = validate(splits, report, pixels=pixels)
+        filled = fill_missing_splits(valid, report, missing_test=missing_test)
+        report.raise_errors(str(folder))
+    except DatasetError as error:
+        raise DatasetError(error.message.replace(str(folder), name or str(folder)), hint=error.hint) from error
     return class_map, filled

@@ -101,7 +101,7 @@ def mutate(folder: Path, rng: random.Random) -> str:
 def _json(path: Path, rng: random.Random) -> None:
     try:
         document = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):  # changed already
         return _bytes(path, rng)
     for _ in range(rng.randint(1, 3)):
         node: Any = document
@@ -115,7 +115,7 @@ def _json(path: Path, rng: random.Random) -> None:
                     node.append(copy.deepcopy(node[key]))
                 elif what < 0.34:
                     deep: Any = 1
-                    for _ in range(900):
+                    for _ in range(200):
                         deep = [deep]
                     node[key] = deep
                 else:
@@ -153,14 +153,19 @@ def _bytes(path: Path, rng: random.Random) -> None:
 
 
 def _whole_file(path: Path, rng: random.Random) -> None:
-    """It is empty, noise, gone, a folder, a link, or another file."""
-    what = rng.randrange(7)
+    """It is empty, noise, nested deeply, gone, a folder, a link, cut, or has another name."""
+    what = rng.randrange(8)
     if what == 0:
         path.write_bytes(b"")
     elif what == 1:
         path.write_bytes(rng.randbytes(rng.randrange(3000)))
     elif what == 6:
         path.rename(path.with_name(rng.choice(["new\nline" + path.suffix, "é" + path.suffix, "a" * 200 + path.suffix])))
+    elif what == 7:
+        opening = {".json": b'{"images":[', ".xml": b"<annotation>", ".yaml": b"[", ".txt": b"0 "}.get(
+            path.suffix, b"\0"
+        )
+        path.write_bytes(opening * rng.choice((500, 50_000)))
     else:
         path.unlink()
         if what == 3:

@@ -251,3 +251,14 @@ def test_random_bytes_are_a_dataset_error(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(DatasetError):
         read_coco_split("train", path)
+
+
+def test_a_file_that_is_too_large_or_leads_out_is_not_read(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d")
+    with pytest.raises(DatasetError, match=r"0 MB, and 0\.0001 are read at most \(raise dataset\.max_annotation_mb\)"):
+        read_coco_folder(folder, 0.0001)
+    path = folder / "train" / "_annotations.coco.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(DatasetError, match="leads out of the dataset's folder"):
+        read_coco_folder(folder)

@@ -589,3 +589,83 @@ def test_a_table_written_as_yolo_is_read_as_it_was(tmp_path: Path, table: Annota
 
 def _validated(folder: Path) -> dict[str, ValidSplit]:
     return validate(read_yolo_folder(folder), Report())[1]
+
+
+# ---- lists of folders and of images ------------------------------------------------------------------------
+
+
+def three_folders(folder: Path) -> Path:
+    """Images in images/one and images/two with labels beside them; each holds a.png and b.png."""
+    for n, part in enumerate(("one", "two")):
+        for kind in ("images", "labels"):
+            (folder / kind / part).mkdir(parents=True)
+        for i, stem in enumerate("ab"):
+            picture(seed=10 * n + i).save(folder / "images" / part / f"{stem}.png")
+            (folder / "labels" / part / f"{stem}.txt").write_text(f"{n} 0.5 0.5 0.25 0.5\n")
+    return folder
+
+
+def read_with(folder: Path, text: str) -> tuple[dict[str, list[tuple[str, int]]], dict[str, Finding]]:
+    """Per split (image, label of its box), and what validation finds."""
+    (folder / "data.yaml").write_text(f"names: [cat, dog]\n{text}")
+    report = Report()
+    try:
+        _, splits = validate(read_yolo_folder(folder), report)
+    except DatasetError:
+        return {}, report.findings
+    found = {}
+    for name, split in splits.items():
+        labels = split.table.labels[split.table.offsets[:-1]].tolist()
+        found[name] = list(zip(split.table.file_names.tolist(), labels, strict=True))
+    return found, report.findings
+
+
+def test_a_list_of_folders_is_all_of_them(tmp_path: Path) -> None:
+    folder = three_folders(tmp_path / "d")
+    found, findings = read_with(folder, "train: [images/one, ../images/two]\nval: images/two\n")
+    assert found["train"] == [
+        ("images/one/a.png", 0), ("images/one/b.png", 0), ("images/two/a.png", 1), ("images/two/b.png", 1)
+    ]  # fmt: skip
+    assert found["valid"] == [("a.png", 1), ("b.png", 1)]
+    assert set(findings) == {"image-in-two-splits", "class-absent"}
+    with pytest.raises(DatasetError, match=r'train: "images/three" is nothing in the dataset'):
+        (folder / "data.yaml").write_text("names: [cat, dog]\ntrain: [images/one, images/three]\n")
+        read_yolo_folder(folder)
+
+
+def test_a_text_file_lists_images(tmp_path: Path) -> None:
+    folder = three_folders(tmp_path / "d")
+    absolute = folder / "images" / "one" / "b.png"
+    (folder / "lists").mkdir()
+    (folder / "lists" / "train.txt").write_text(f"../images/one/a.png\n\nimages/two/b.png\n{absolute}\n")
+    (folder / "valid.txt").write_text("./images/two/a.png\r\n")
+    found, findings = read_with(folder, "train: lists/train.txt\nval: valid.txt\n")
+    assert found == {
+        "train": [("images/one/a.png", 0), ("images/one/b.png", 0), ("images/two/b.png", 1)],
+        "valid": [("images/two/a.png", 1)],
+    }
+    assert set(findings) == {"class-absent"}  # no label file without its image, none unlisted
+
+
+def test_listed_images_that_are_not_there_or_elsewhere_are_errors(tmp_path: Path) -> None:
+    folder = three_folders(tmp_path / "d")
+    picture().save(tmp_path / "outside.png")
+    (folder / "t.txt").write_text(f"images/one/a.png\nimages/one/gone.png\n../outside.png\n{tmp_path}/outside.png\n")
+    _, findings = read_with(folder, "train: t.txt\nval: images/two\n")
+    assert findings["missing-image"].rows == ["train/images/one/gone.png"]
+    assert [row[:19] for row in findings["outside-dataset"].rows] == ["train: t.txt line 3", "train: t.txt line 4"]
+
+
+def test_a_data_file_of_aliases_is_no_bomb(tmp_path: Path) -> None:
+    """Each line doubles what the one before stands for."""
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    for key in ("names", "nc", "train", "path"):
+        (tmp_path / "data.yaml").write_text(
+            "\n".join([*lines, *(["names: [a]"] if key != "names" else []), f"{key}: *a59"])
+        )
+        with pytest.raises(DatasetError) as caught:
+            read_data_file(tmp_path / "data.yaml")
+        assert len(str(caught.value)) < 500
+    (tmp_path / "data.yaml").write_text("names: &a [*a]\n")
+    with pytest.raises(DatasetError, match="recursive node"):
+        read_data_file(tmp_path / "data.yaml")
