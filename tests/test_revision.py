@@ -18,6 +18,7 @@ PACKAGE = Path(revision.__file__).parent
 def told(folder: Path) -> str:
     """What a copy of the module says of itself there, on a bare interpreter."""
     (folder / "rfdetr_core").mkdir(parents=True, exist_ok=True)
+    (folder / "rfdetr_core" / "__init__.py").touch()
     shutil.copy(PACKAGE / "revision.py", folder / "rfdetr_core")
     program = "from rfdetr_core.revision import *; print(code_revision())"
     command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {program}"]

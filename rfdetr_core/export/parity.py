@@ -253,7 +253,7 @@ def difference_of(expected: Found, found: Found, limits: Tolerances) -> tuple[fl
     cost[expected.labels[:, None] != found.labels[None]] = _NEVER
     rows, columns = linear_sum_assignment(cost)
     wrong = cost[rows, columns] > 1
-    cut = max(expected.logits.min(), found.logits.min()) + limits.logits
+    cut = min(expected.logits.min(), found.logits.min()) + limits.logits
     weak = np.maximum(expected.logits[rows], found.logits[columns]) <= cut
     kept = ~(wrong & weak)
     unmatched = [

@@ -19,12 +19,15 @@ from typing import Any
 from components.promote import stage as promote
 from rfdetr_core.publication import fetch
 from rfdetr_core.registry import Registry
+from rfdetr_core.revision import code_revision, installed_versions
 from rfdetr_core.storage import local, location
 from tests.components.finished_run import NAME, candidate, finished_run
 
 
 def main(folder: Path) -> None:
     """Print how many writes there were, how often the old and the new champion were found."""
+    code_revision()  # asked for once: every child inherits the answer
+    installed_versions()
     before = folder / "before"
     root = location(str(before))
     finished_run(root, "old", folder / "work", score=0.4)

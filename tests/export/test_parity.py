@@ -137,7 +137,7 @@ class TestExport:
         assert session.get_inputs()[0].shape == [fixed or "batch", 3, height, width]
         assert {i.type for i in session.get_inputs()} <= {"tensor(float)", "tensor(int64)"}
         half = config.precision == "fp16"
-        assert (path.stat().st_size < 400_000) == half
+        assert (path.stat().st_size < 1_400_000) == half
         assert parity.logits < (0.02 if half else 1e-4) and parity.boxes < (0.005 if half else 1e-5)
 
     def test_detections_of_a_graph_with_post_processing(self, trained: TrainedModel, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ class TestParity:
 
     def test_the_tolerance_decides(self, trained: TrainedModel, dynamic: Path) -> None:
         for field in ("logits_tolerance", "boxes_tolerance"):
-            with pytest.raises(ExportError, match=rf"dynamic\.onnx differs .* export\.{field} (is )?1e-12"):
+            with pytest.raises(ExportError, match=rf"dynamic\.onnx differs .*export\.{field} (is )?1e-12"):
                 check_parity(trained, dynamic, samples(2), ExportConfig.parse({field: 1e-12}))
 
     def test_another_model_is_refused(self, trained: TrainedModel, dynamic: Path) -> None:
@@ -335,17 +335,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return tiny.prepare(tiny.draw(folder / "coco", test=6), folder / "prepared")
 
 
-class TestSplit:
-    @pytest.fixture(scope="class")
-    def learned(self, dataset: PreparedDataset) -> TrainedModel:
-        """Its boxes are the annotated ones of nothing in particular, but every class scores somewhere."""
-        torch.manual_seed(5)
-        module = RFDETR(tiny.model_config()).eval()
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter += 0.05 * torch.randn_like(parameter)
-        return TrainedModel(module, tiny.model_config(), dataset.class_map.names, "ema", 1, "0")
+@pytest.fixture(scope="module")
+def of_the_dataset(trained: TrainedModel, dataset: PreparedDataset) -> TrainedModel:
+    """It finds nothing in particular, but every class of the dataset scores somewhere."""
+    return TrainedModel(trained.module, trained.config, dataset.class_map.names, "ema", 1, "0")
 
+
+class TestSplit:
     def test_images_are_spread_over_the_split(self, dataset: PreparedDataset) -> None:
         split = dataset.split("test")
         names = [str(name) for name in split.table.file_names]
@@ -353,17 +349,17 @@ class TestSplit:
         assert len(split_samples(split, 32, 3)) == 6
         assert split_samples(split, 1, 3)[0].data == split.read_bytes(0)
 
-    def test_ap_on_the_split(self, learned: TrainedModel, dataset: PreparedDataset, tmp_path: Path) -> None:
+    def test_ap_on_the_split(self, of_the_dataset: TrainedModel, dataset: PreparedDataset, tmp_path: Path) -> None:
         for settings in ({}, {"dynamic_batch": False, "fixed_batch": 4, "post_processing": True}):
-            path, config = exported(learned, tmp_path, **settings)
-            found = check_ap(learned, path, dataset.split("test"), dataset.class_map, config, max_dets=100)
+            path, config = exported(of_the_dataset, tmp_path, **settings)
+            found = check_ap(of_the_dataset, path, dataset.split("test"), dataset.class_map, config, max_dets=100)
             assert (found["images"], found["difference"], found["tolerance"]) == (6, 0.0, 0.001)
             assert 0 <= found["pytorch"] <= 1
 
     def test_a_difference_of_ap_is_a_breach(
-        self, learned: TrainedModel, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, of_the_dataset: TrainedModel, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path, config = exported(learned, tmp_path)
+        path, config = exported(of_the_dataset, tmp_path)
         scores = iter((0.5, 0.4985))
         monkeypatch.setattr(
             "rfdetr_core.export.parity.coco_metrics", lambda *_, **__: type("Score", (), {"map": next(scores)})
@@ -371,10 +367,10 @@ class TestSplit:
         with pytest.raises(
             ExportError, match=r"AP 0\.4985, PyTorch 0\.5000 on 6 images \(export\.ap_tolerance is 0\.001"
         ):
-            check_ap(learned, path, dataset.split("test"), dataset.class_map, config, max_dets=100)
+            check_ap(of_the_dataset, path, dataset.split("test"), dataset.class_map, config, max_dets=100)
 
     def test_the_example_prints_what_the_consumer_finds(
-        self, learned: TrainedModel, dataset: PreparedDataset, tmp_path: Path
+        self, of_the_dataset: TrainedModel, dataset: PreparedDataset, tmp_path: Path
     ) -> None:
         """examples/onnx_inference.py, as a program of its own; it loads nothing of ours and no torch."""
         split = dataset.split("test")
@@ -384,7 +380,7 @@ class TestSplit:
         printed = []
         for settings in ({}, {"post_processing": True}):
             config = ExportConfig.parse(settings)
-            export_onnx(learned, tmp_path / "model.onnx", config, facts={"threshold": 0.0})
+            export_onnx(of_the_dataset, tmp_path / "model.onnx", config, facts={"threshold": 0.0})
             command = [sys.executable, "-c", f"import sys; sys.argv = {['x', 'model.onnx', 'picture.png']!r}\n"]
             command[-1] += f"exec(open({str(program)!r}).read())\n"
             command[-1] += "assert not {'torch', 'rfdetr_core', 'onnx'} & set(sys.modules)"
