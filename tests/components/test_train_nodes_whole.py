@@ -141,3 +141,18 @@ def test_nodes_that_nobody_starts_are_refused_by_the_first_stage(
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["devices"] == 4  # of --gpu-count
     if code:
         assert "the pipeline was compiled for one node" in status(run, "validate_dataset")["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu_count", "devices"),
+    [("{}", "", 1), ("{}", "4", 4), ('{"train": {"epochs": 3}}', "4", 4), ('{"train": {"devices": 2}}', "4", 2)],
+)
+def test_the_gpus_of_the_pod_are_used_unless_somebody_says_otherwise(
+    tmp_path: Path, overrides: str, gpu_count: str, devices: int
+) -> None:
+    config = {"name": "s", "dataset": {"uri": str(tmp_path / "none")}, "model": {"variant": "pico"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path / "runs" / "a"
+    given = ["--config", str(tmp_path / "config.yaml"), "--overrides", overrides, "--gpu-count", gpu_count]
+    assert validate_dataset(["--run-uri", str(run), *given]) == 2  # there is no dataset
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["devices"] == devices
