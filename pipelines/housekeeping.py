@@ -24,6 +24,7 @@ LONGEST = timedelta(days=8)
 """A stage that has been running for longer is dead: profiles give a training seven days."""
 CHECKS = "check-"  # runs of submit --if-changed, which removes them unless it is killed
 CHECKPOINTS = "train/checkpoints/"
+SOURCES = "sources"  # below datasets/: which dataset the files of a source led to (components/validate_dataset)
 
 
 @dataclass
@@ -189,13 +190,22 @@ def _slimmed(run: Run) -> list[Removal]:
 def _unused_datasets(root: Location, used: set[str | None]) -> list[Removal]:
     files: dict[str, list[FileInfo]] = defaultdict(list)
     for info in (root / "datasets").list_files():
-        digest, _, below = info.name.partition("/")
-        files[digest].append(FileInfo(below, info.size))
-    return [
-        _all_of(f"datasets/{digest}", rows, "no run and no version uses it")
-        for digest, rows in sorted(files.items())
-        if f"datasets/{digest}" not in used
-    ]
+        first, _, below = info.name.partition("/")
+        if first == SOURCES:
+            version, _, below = below.partition("/")
+            first = f"{SOURCES}/{version}"
+        files[f"datasets/{first}"].append(FileInfo(below, info.size))
+    removals = []
+    for folder, rows in sorted(files.items()):
+        if folder.startswith(f"datasets/{SOURCES}/"):
+            # What was found of the same files earlier, and the dataset that it led to (components/validate_dataset).
+            whole = any(info.name == "dataset.json" for info in rows)
+            dataset = _json(root / folder / "dataset.json").get("location") if whole else None
+            if dataset not in used:
+                removals.append(_all_of(folder, rows, "the dataset that it leads to goes"))
+        elif folder not in used:
+            removals.append(_all_of(folder, rows, "no run and no version uses it"))
+    return removals
 
 
 def _all_of(folder: str, files: list[FileInfo], reason: str) -> Removal:

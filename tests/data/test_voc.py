@@ -63,6 +63,11 @@ CASES: dict[str, list[tuple[Edit, list[str], Edit]]] = {
             xml(CAT, DOG),
         ),
         (
+            text("Annotations/a.xml", "<annotation>" + "<a>" * 50_000),
+            ["train/a.xml: nested too deeply to be an annotation"],
+            xml(CAT, DOG, more="<a><b><c/></b></a>"),
+        ),
+        (
             text("ImageSets/Main/train.txt", "a\nb\nc\n"),
             ["train/c.xml: cannot be read: No such file or directory"],
             text("ImageSets/Main/train.txt", "a\nb\n"),

@@ -669,3 +669,14 @@ def test_a_data_file_of_aliases_is_no_bomb(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("names: &a [*a]\n")
     with pytest.raises(DatasetError, match="recursive node"):
         read_data_file(tmp_path / "data.yaml")
+
+
+@pytest.mark.parametrize("target", ["a.png", "gone.png"])
+def test_a_link_that_leads_nowhere_is_listed_as_not_used(tmp_path: Path, target: str) -> None:
+    small_yolo(tmp_path)
+    picture(seed=7).save(tmp_path / "train" / "images" / "b.png")
+    (tmp_path / "train" / "labels" / "b.txt").write_text("0 0.5 0.5 0.25 0.5\n1 0.25 0.25 0.5 0.5\n")
+    (tmp_path / "train" / "images" / "a.png").unlink()
+    (tmp_path / "train" / "images" / "a.png").symlink_to(target)
+    found = findings(tmp_path)
+    assert found["unlisted-image"].rows == ["train/a.png"] and found["label-without-image"].rows == ["train/a.txt"]

@@ -95,6 +95,18 @@ def test_a_dataset_goes_when_nothing_uses_it(store: Store) -> None:
     assert store.clean(keep=1) == {"runs/old", "datasets/d1", "datasets/d2"}
 
 
+def test_what_is_remembered_of_a_source_goes_with_its_dataset(store: Store) -> None:
+    store.run("old", 30, dataset="d2")
+    store.run("new", 2, dataset="d3")
+    for name in ("d2", "d3"):
+        store.write(f"datasets/{name}/_SUCCESS.json")
+        store.write(f"datasets/sources/of-{name}/dataset.json", {"location": f"datasets/{name}"})
+    store.write("datasets/sources/torn/report.json")
+    store.clean(keep=1)
+    left = {name for name in store.files() if name.startswith("datasets/")}
+    assert left == {"datasets/d3/_SUCCESS.json", "datasets/sources/of-d3/dataset.json"}
+
+
 @pytest.mark.parametrize(
     ("state", "days", "stays"), [("running", 6, True), ("running", 9, False), ("failed", 0.5, True)]
 )

@@ -32,6 +32,7 @@ from rfdetr_core.errors import DatasetError
 
 LAYOUT = "Annotations/*.xml with JPEGImages/, or train/, valid/ and test/ with XML files beside the images"
 MAX_XML_MB = 64
+MAX_DEPTH = 32  # of elements; an object's part's corner is at 6
 _IMAGE_FOLDERS = ("JPEGImages", "images")
 _SPLIT_FOLDERS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 
@@ -215,7 +216,9 @@ def parse_voc(data: bytes) -> VocFile:
     def start(name: str, attributes: dict[str, str]) -> None:
         path.append(name)
         text.clear()
-        if not path[1:] and name != "annotation":
+        if len(path) > MAX_DEPTH:
+            raise DatasetError("nested too deeply to be an annotation", hint="export it again")
+        if len(path) == 1 and name != "annotation":
             raise DatasetError(f"its root is {shown(name)}, not annotation", hint="export it again")
         if path == ["annotation", "object"]:
             said.objects.append(VocObject(len(said.objects) + 1))

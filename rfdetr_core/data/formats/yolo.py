@@ -272,8 +272,16 @@ def _is_within(folder: Path, root: Path) -> bool:
 
 
 def _image_names(folder: Path) -> list[str]:
-    names = (entry.name for entry in _entries(folder) if entry.is_file())
+    names = (entry.name for entry in _entries(folder) if _is_file(entry))
     return sorted(name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """A link that leads nowhere, or round in circles, is none: validation lists it among what is not used."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _label_stems(folder: Path) -> set[str]:
