@@ -238,7 +238,7 @@ def _prove(bench: Bench, wanted: int, accum: int, ranks: int) -> Mixed:
     Raises:
         DeviceMemoryError: it does not fit; the message names the largest that does.
     """
-    for batch_size in sorted({2, wanted} - {1}):
+    for batch_size in sorted({min(2, wanted), wanted} - {1}):
         line = fit(bench.attempts)
         if line is None or line.peak(batch_size) <= 1.1 * bench.available:
             bench.attempt(batch_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +96,7 @@ class Bench:
         """
         smallest, largest = self._worst.extents[0], self._worst.largest
         self._memory.begin()
-        with self._memory.guarded():
+        with self._guarded(f"batch size {batch_size}"):
             large = small = self._step(batch_size, largest, micro_batches)
             if smallest != largest:
                 small = self._step(batch_size, smallest, micro_batches)
@@ -126,7 +128,7 @@ class Bench:
             module.eval()
         self._memory.begin()
         seconds = 0.0
-        with self._memory.guarded(), constant_weights(*models.values()):
+        with self._guarded(f"evaluation at batch size {batch_size}"), constant_weights(*models.values()):
             for _ in range(2):  # what is derived from the weights is derived in the first
                 started = time.monotonic()
                 evaluate_batch(
@@ -145,10 +147,17 @@ class Bench:
         engine.criterion.train()
         return EvaluationStep(batch_size, round(seconds, 4), self._memory.peak())
 
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Inside, running out of memory is a DeviceMemoryError; it is made of what was raised when there is memory."""
+        device = self.engine.device
+        with memory_errors(f"on {device} at {what}", hint="", device=device), self._memory.guarded():
+            yield
+
     def _measured(self, batch_size: int) -> Attempt:
         self._memory.begin()
         try:
-            with self._memory.guarded():
+            with self._guarded(f"batch size {batch_size}"):
                 seconds = self._step(batch_size, self._worst.largest, self.micro_batches)
             return Attempt(batch_size, round(seconds / self.micro_batches, 4), self._memory.peak())
         except DeviceMemoryError:
@@ -158,21 +167,18 @@ class Bench:
 
     def _step(self, batch_size: int, extent: tuple[int, int], micro_batches: int) -> float:
         """Seconds of one optimizer step that changes no weight: the learning rate is zero."""
-        device = self.engine.device
+        batch = worst_case_batch(
+            batch_size,
+            extent,
+            self._worst.targets,
+            self._model.num_classes,
+            channels=self._model.num_channels,
+            padded=self._worst.padded,
+        )
         started = time.monotonic()
-        with memory_errors(f"on {device} at batch size {batch_size}", hint="", device=device):
-            batch = worst_case_batch(
-                batch_size,
-                extent,
-                self._worst.targets,
-                self._model.num_classes,
-                channels=self._model.num_channels,
-                padded=self._worst.padded,
-            )
-            started = time.monotonic()
-            self.engine.optimizer_step([batch] * micro_batches, factor=0.0, global_step=self._steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        self.engine.optimizer_step([batch] * micro_batches, factor=0.0, global_step=self._steps)
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
         self._steps += 1
         return time.monotonic() - started
 
@@ -181,7 +187,7 @@ def build_bench(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> Ben
     """A bench on this process's device; None if not even the model fits."""
     memory = memory_of(first_device(train))
     try:
-        with memory.guarded(), memory_errors("while the model is built", hint="", device=first_device(train)):
+        with memory_errors("while the model is built", hint="", device=first_device(train)), memory.guarded():
             engine = build_engine(model, train)
     except DeviceMemoryError:
         return None

@@ -142,7 +142,12 @@ def test_facts_come_from_the_prepared_dataset(tmp_path: Any) -> None:
     dataset = tiny.prepare(tiny.draw(tmp_path / "coco", train=5, valid=3, test=2), tmp_path / "prepared")
     found = DatasetFacts.of(dataset.document)
     assert (found.train_images, found.valid_images, found.test_images) == (5, 3, 2)
-    assert (found.widest, found.tallest) == ((64, 64), (64, 64))
+    table = dataset.split("train").table
+    shapes = {(int(w), int(h)) for w, h in zip(table.widths, table.heights, strict=True)}
+    assert {found.widest, found.tallest} <= shapes
+    assert found.widest is not None and found.tallest is not None
+    assert found.widest[0] / found.widest[1] == max(w / h for w, h in shapes)
+    assert found.tallest[0] / found.tallest[1] == min(w / h for w, h in shapes)
     assert found.max_boxes == dataset.max_boxes_per_image
     del dataset.document["splits"]["train"]["extreme_images"]
     assert DatasetFacts.of(dataset.document).widest is None
