@@ -57,8 +57,8 @@ class MemoryModel:
 def fit(attempts: Sequence[Attempt], *, without: int | None = None) -> MemoryModel | None:
     """The line through the largest size that was measured and one of at most half of it; None if there are no two.
 
-    Smaller ones lie above the line of the large ones: what is allocated once weighs more. Sizes close to each other give
-    no slope on a CPU, where a peak depends on what the heap has seen. `without` leaves out a size, to predict it.
+    Smaller ones lie above the line of the large ones: what is allocated once weighs more. Sizes close to each other
+    give no slope on a CPU, where a peak depends on what the heap has seen. `without` leaves out a size, to predict it.
     """
     peaks: dict[int, int] = {}
     for attempt in attempts:

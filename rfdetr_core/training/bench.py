@@ -20,6 +20,7 @@ from rfdetr_core.training.engine import Engine, build_engine, first_device, memo
 from rfdetr_core.training.validation import evaluate_batch, models_to_evaluate
 from rfdetr_core.training.worst_case import WorstCase, worst_case_batch
 
+ADVICE = "lower model.resolution, or set model.gradient_checkpointing: true"
 SLOW_STEP = 1.5  # seconds; a slower step is not repeated to be timed warm
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,11 @@ class Bench:
         log.info(text, batch_size, micro_batches, large, peak / 2**30)
         return Mixed((small if smallest != largest else large, large), micro_batches, peak)
 
-    def clear(self) -> None:
-        """Forget the gradients of a step that did not come to its end."""
+    def failed(self, batch_size: int) -> None:
+        """Take it that this batch does not fit: single steps of it did, those of `mixed` did not."""
         self.engine.optimizer.zero_grad(set_to_none=True)
+        self.attempts = [one for one in self.attempts if one.batch_size != batch_size]
+        self.attempts.append(Attempt(batch_size, None, None, left_bytes=self._memory.left()))
 
     def evaluate(self, batch_size: int, targets: int) -> EvaluationStep:
         """One batch of evaluation.
@@ -151,7 +154,7 @@ class Bench:
     def _guarded(self, what: str) -> Iterator[None]:
         """Inside, running out of memory is a DeviceMemoryError; it is made of what was raised when there is memory."""
         device = self.engine.device
-        with memory_errors(f"on {device} at {what}", hint="", device=device), self._memory.guarded():
+        with memory_errors(f"on {device} at {what}", hint=ADVICE, device=device), self._memory.guarded():
             yield
 
     def _measured(self, batch_size: int) -> Attempt:
@@ -162,7 +165,7 @@ class Bench:
             return Attempt(batch_size, round(seconds / self.micro_batches, 4), self._memory.peak())
         except DeviceMemoryError:
             pass  # with the error go the frames that hold the step's tensors
-        self.clear()
+        self.engine.optimizer.zero_grad(set_to_none=True)
         return Attempt(batch_size, None, None, left_bytes=self._memory.left())
 
     def _step(self, batch_size: int, extent: tuple[int, int], micro_batches: int) -> float:
