@@ -232,7 +232,7 @@ def _until_found(bench: Bench, upper: Bound, seconds: float) -> Found:
         limit = bench.limit - bench.gradient_bytes  # there is room for accumulation
         step = next_batch(bench.attempts, limit=limit, upper=upper, seconds_left=left / bench.micro_batches)
         if isinstance(step, Found):
-            return step
+            return replace(step, safe=max(1, step.safe))  # one image fits, as was seen
         bench.attempt(step)
 
 
