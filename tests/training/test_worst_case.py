@@ -85,9 +85,7 @@ def test_no_batch_of_the_loader_is_larger_and_one_is_as_large(tmp_path: Any, set
     folder = tiny.draw(tmp_path / "coco", train=8)
     for number, size in enumerate([(120, 40), (40, 200), (64, 64), (300, 30)]):
         path = sorted((folder / "train").glob("*.jpg"))[number]
-        old = Image.open(path).size
-        if size != old:
-            _reshape(folder, path.name, size)
+        _reshape(folder, path.name, size)
     dataset = tiny.prepare(folder, tmp_path / "prepared")
     model = tiny.model_config()
     train = tiny.train_config(**{"square_resize_div_64": False, "multi_scale": "per-batch", **settings})
@@ -116,7 +114,7 @@ def test_no_batch_of_the_loader_is_larger_and_one_is_as_large(tmp_path: Any, set
         multiple=model.block,
     )
     heights, widths = [], []
-    for epoch in range(25):
+    for epoch in range(60):
         sampler.start(epoch)
         for batch in loader:
             heights.append(batch.pixels.shape[2])
