@@ -69,29 +69,26 @@ def resident_bytes() -> int:
     return int(pages.split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages else peak_rss()
 
 
-class MemoryGuard:
-    """Makes an allocation fail that would take this process beyond a number of resident bytes.
+@contextmanager
+def memory_guard(limit: int) -> Iterator[None]:
+    """Inside, an allocation that would take this process beyond `limit` resident bytes fails.
 
-    Beyond the limit of its cgroup the kernel would end it without a word. What can be limited is the address space of
-    private data; what of it is not resident now is taken to stay so.
+    It raises MemoryError, or what a library makes of it. Beyond the limit of its cgroup the kernel would end the
+    process without a word. What can be limited is the address space of private data: freed blocks that were given back
+    to the system are in it, and when they are taken again that is not seen. So it is a net, for a process that has not
+    freed much; who knows what a step takes should not begin one that is too large.
     """
-
-    def __init__(self) -> None:
-        self._unused = _status_bytes("VmData") - resident_bytes()
-
-    @contextmanager
-    def at(self, limit: int) -> Iterator[None]:
-        """Inside, at most `limit` bytes are resident; more raise MemoryError, or what a library makes of it."""
-        if not _status_bytes("VmData"):  # no Linux
-            yield
-            return
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        allowed = [self._unused + limit, *(bytes_ for bytes_ in (soft, hard) if bytes_ != resource.RLIM_INFINITY)]
-        resource.setrlimit(resource.RLIMIT_DATA, (max(0, min(allowed)), hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    data = _status_bytes("VmData")
+    if not data:  # no Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = [data + limit - resident_bytes(), *(given for given in (soft, hard) if given != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (max(0, min(allowed)), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def return_freed_memory() -> None:

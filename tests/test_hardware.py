@@ -137,8 +137,8 @@ def test_the_guard_refuses_what_goes_beyond_and_the_peak_can_be_forgotten() -> N
     """In a process of its own: freed blocks of this one would be taken again without growing."""
     program = """
         from rfdetr_core import hardware
-        guard, base = hardware.MemoryGuard(), hardware.resident_bytes()
-        with guard.at(base + 60_000_000):
+        base = hardware.resident_bytes()
+        with hardware.memory_guard(base + 60_000_000):
             held = bytearray(b"x") * 40_000_000
             try:
                 more = bytearray(b"x") * 40_000_000

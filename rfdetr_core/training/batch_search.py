@@ -55,10 +55,10 @@ class MemoryModel:
 
 
 def fit(attempts: Sequence[Attempt], *, without: int | None = None) -> MemoryModel | None:
-    """The line through the two largest sizes that were measured; None if there are no two.
+    """The line through the largest size that was measured and one of at most half of it; None if there are no two.
 
-    Small batches lie above the line of the large ones: what is allocated once weighs more. Of several steps of one
-    size the highest peak counts. `without` leaves out a size, in order to predict it.
+    Smaller ones lie above the line of the large ones: what is allocated once weighs more. Sizes close to each other
+    give no slope on a CPU, where a peak depends on what the heap has seen. `without` leaves out a size, to predict it.
     """
     peaks: dict[int, int] = {}
     for attempt in attempts:
@@ -66,7 +66,8 @@ def fit(attempts: Sequence[Attempt], *, without: int | None = None) -> MemoryMod
             peaks[attempt.batch_size] = max(attempt.peak_bytes, peaks.get(attempt.batch_size, 0))
     if len(peaks) < 2:
         return None
-    (small, low), (large, high) = sorted(peaks.items())[-2:]
+    *smaller, (large, high) = sorted(peaks.items())
+    small, low = next((one for one in reversed(smaller) if 2 * one[0] <= large), smaller[0])
     slope = max(0.0, (high - low) / (large - small))
     return MemoryModel(fixed_bytes=high - slope * large, bytes_per_image=slope)
 

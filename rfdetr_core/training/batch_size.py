@@ -118,11 +118,11 @@ def probe(
 def _probe(model: ModelConfig, train: TrainConfig, facts: DatasetFacts, price: float | None) -> ProbeResult:
     worst = worst_case(model, train, facts)
     _tell_worst_case(worst, train, facts)
-    bench = build_bench(model, train, worst)
-    if bench is None or not bench.attempt(1).fits(bench.limit):
-        del bench  # what it holds is not there for what is tried next
-        raise _nothing_fits(model, train, worst)
     ranks = _ranks(train)
+    bench = build_bench(model, train, worst)
+    if bench is None or not _one_image_fits(bench, train, ranks):
+        del bench  # what it holds is not there for what is tried next
+        raise _nothing_fits(model, train, facts, ranks)
     if train.batch_size == "auto":
         found, batch_size, mixed = _search(bench, train, facts, ranks)
         accum = accumulation(batch_size, train.auto_batch_target_effective)
@@ -190,16 +190,20 @@ def _micro_batches(accum: int, ranks: int) -> int:
     return 2 if accum > 1 or ranks > 1 else 1
 
 
-def _search(bench: Bench, train: TrainConfig, facts: DatasetFacts, ranks: int) -> tuple[Found, int, Mixed]:
-    """Try batches until memory or a bound says stop; then prove the chosen one. A batch of 1 has been tried.
+def _one_image_fits(bench: Bench, train: TrainConfig, ranks: int) -> bool:
+    """Try a batch of one, of which training accumulates as many as it needs."""
+    automatic = train.batch_size == "auto"
+    accum = train.auto_batch_target_effective if automatic else train.grad_accum_steps
+    held = bench.gradient_bytes if _micro_batches(accum, ranks) > 1 else 0
+    return bench.attempt(1).fits(bench.limit - held)
 
-    Raises:
-        DeviceMemoryError: what is left of the memory does not hold the gradients of accumulation.
-    """
+
+def _search(bench: Bench, train: TrainConfig, facts: DatasetFacts, ranks: int) -> tuple[Found, int, Mixed]:
+    """Try batches until memory or a bound says stop; then prove the chosen one. A batch of 1 has been tried."""
     on_cpu = _on_cpu(bench)
     target = train.auto_batch_target_effective
     upper = bound(images=math.ceil(facts.train_images / ranks), target=target if on_cpu else None)
-    found = _until_found(bench, upper, CPU_SECONDS if on_cpu else math.inf, ranks)
+    found = _until_found(bench, upper, CPU_SECONDS if on_cpu else math.inf)
     batch_size = choose(
         bench.attempts,
         found,
@@ -215,20 +219,20 @@ def _search(bench: Bench, train: TrainConfig, facts: DatasetFacts, ranks: int) -
         except DeviceMemoryError:
             if batch_size == 1:
                 raise
-        bench.clear()
+        bench.failed(batch_size)
         log.info("batch %d does not hold where steps of all sizes follow each other", batch_size)
         batch_size = math.floor(0.9 * batch_size)
         found = Found(min(found.safe, batch_size), "memory")
 
 
-def _until_found(bench: Bench, upper: Bound, seconds: float, ranks: int) -> Found:
+def _until_found(bench: Bench, upper: Bound, seconds: float) -> Found:
     started = time.monotonic()
     while True:
         left = seconds - (time.monotonic() - started)
         limit = bench.limit - bench.gradient_bytes  # there is room for accumulation
         step = next_batch(bench.attempts, limit=limit, upper=upper, seconds_left=left / bench.micro_batches)
         if isinstance(step, Found):
-            return step
+            return replace(step, safe=max(1, step.safe))  # one image fits, as was seen
         bench.attempt(step)
 
 
@@ -238,7 +242,7 @@ def _prove(bench: Bench, wanted: int, accum: int, ranks: int) -> Mixed:
     Raises:
         DeviceMemoryError: it does not fit; the message names the largest that does.
     """
-    for batch_size in sorted({2, wanted} - {1}):
+    for batch_size in sorted({min(2, wanted), wanted} - {1}):
         line = fit(bench.attempts)
         if line is None or line.peak(batch_size) <= 1.1 * bench.available:
             bench.attempt(batch_size)
@@ -252,9 +256,9 @@ def _prove(bench: Bench, wanted: int, accum: int, ranks: int) -> Mixed:
         except DeviceMemoryError:
             if wanted == 1:
                 raise
-        bench.clear()
+        bench.failed(wanted)
     seconds = CPU_SECONDS if _on_cpu(bench) else math.inf
-    found = _until_found(bench, Bound(wanted - 1, "given"), seconds, ranks)
+    found = _until_found(bench, Bound(wanted - 1, "given"), seconds)
     effective = wanted * accum
     divisor = next(size for size in range(found.safe, 0, -1) if effective % size == 0)
     raise DeviceMemoryError(
@@ -265,21 +269,21 @@ def _prove(bench: Bench, wanted: int, accum: int, ranks: int) -> Mixed:
     )
 
 
-def _nothing_fits(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> DeviceMemoryError:
+def _nothing_fits(model: ModelConfig, train: TrainConfig, facts: DatasetFacts, ranks: int) -> DeviceMemoryError:
     """The error when a step of one image does not fit, with the smallest change that was seen to help."""
     gc.collect()
     available = 0
 
     def fits(other: ModelConfig) -> bool:
         nonlocal available
-        facts = DatasetFacts(1, 0, 0, worst.targets, 0, None, None)
         small = build_bench(other, train, worst_case(other, train, facts))
         if small is None:
             return False
         available = small.available
-        return small.attempt(1).fits(small.limit)
+        return _one_image_fits(small, train, ranks)
 
     hint = smallest_change(model, fits)
+    worst = worst_case(model, train, facts)
     height, width = worst.largest
     return DeviceMemoryError(
         f"a training step does not fit on {describe(first_device(train)).name} even with batch size 1, of "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from rfdetr_core.training.engine import Engine, build_engine, first_device, memo
 from rfdetr_core.training.validation import evaluate_batch, models_to_evaluate
 from rfdetr_core.training.worst_case import WorstCase, worst_case_batch
 
+ADVICE = "lower model.resolution, or set model.gradient_checkpointing: true"
 SLOW_STEP = 1.5  # seconds; a slower step is not repeated to be timed warm
 
 log = logging.getLogger(__name__)
@@ -94,7 +97,7 @@ class Bench:
         """
         smallest, largest = self._worst.extents[0], self._worst.largest
         self._memory.begin()
-        with self._memory.guarded():
+        with self._guarded(f"batch size {batch_size}"):
             large = small = self._step(batch_size, largest, micro_batches)
             if smallest != largest:
                 small = self._step(batch_size, smallest, micro_batches)
@@ -105,9 +108,11 @@ class Bench:
         log.info(text, batch_size, micro_batches, large, peak / 2**30)
         return Mixed((small if smallest != largest else large, large), micro_batches, peak)
 
-    def clear(self) -> None:
-        """Forget the gradients of a step that did not come to its end."""
+    def failed(self, batch_size: int) -> None:
+        """Take it that this batch does not fit: single steps of it did, those of `mixed` did not."""
         self.engine.optimizer.zero_grad(set_to_none=True)
+        self.attempts = [one for one in self.attempts if one.batch_size != batch_size]
+        self.attempts.append(Attempt(batch_size, None, None, left_bytes=self._memory.left()))
 
     def evaluate(self, batch_size: int, targets: int) -> EvaluationStep:
         """One batch of evaluation.
@@ -126,7 +131,7 @@ class Bench:
             module.eval()
         self._memory.begin()
         seconds = 0.0
-        with self._memory.guarded(), constant_weights(*models.values()):
+        with self._guarded(f"evaluation at batch size {batch_size}"), constant_weights(*models.values()):
             for _ in range(2):  # what is derived from the weights is derived in the first
                 started = time.monotonic()
                 evaluate_batch(
@@ -145,34 +150,38 @@ class Bench:
         engine.criterion.train()
         return EvaluationStep(batch_size, round(seconds, 4), self._memory.peak())
 
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Inside, running out of memory is a DeviceMemoryError; it is made of what was raised when there is memory."""
+        device = self.engine.device
+        with memory_errors(f"on {device} at {what}", hint=ADVICE, device=device), self._memory.guarded():
+            yield
+
     def _measured(self, batch_size: int) -> Attempt:
         self._memory.begin()
         try:
-            with self._memory.guarded():
+            with self._guarded(f"batch size {batch_size}"):
                 seconds = self._step(batch_size, self._worst.largest, self.micro_batches)
             return Attempt(batch_size, round(seconds / self.micro_batches, 4), self._memory.peak())
         except DeviceMemoryError:
             pass  # with the error go the frames that hold the step's tensors
-        self.clear()
+        self.engine.optimizer.zero_grad(set_to_none=True)
         return Attempt(batch_size, None, None, left_bytes=self._memory.left())
 
     def _step(self, batch_size: int, extent: tuple[int, int], micro_batches: int) -> float:
         """Seconds of one optimizer step that changes no weight: the learning rate is zero."""
-        device = self.engine.device
+        batch = worst_case_batch(
+            batch_size,
+            extent,
+            self._worst.targets,
+            self._model.num_classes,
+            channels=self._model.num_channels,
+            padded=self._worst.padded,
+        )
         started = time.monotonic()
-        with memory_errors(f"on {device} at batch size {batch_size}", hint="", device=device):
-            batch = worst_case_batch(
-                batch_size,
-                extent,
-                self._worst.targets,
-                self._model.num_classes,
-                channels=self._model.num_channels,
-                padded=self._worst.padded,
-            )
-            started = time.monotonic()
-            self.engine.optimizer_step([batch] * micro_batches, factor=0.0, global_step=self._steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        self.engine.optimizer_step([batch] * micro_batches, factor=0.0, global_step=self._steps)
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
         self._steps += 1
         return time.monotonic() - started
 
@@ -181,7 +190,7 @@ def build_bench(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> Ben
     """A bench on this process's device; None if not even the model fits."""
     memory = memory_of(first_device(train))
     try:
-        with memory.guarded(), memory_errors("while the model is built", hint="", device=first_device(train)):
+        with memory_errors("while the model is built", hint="", device=first_device(train)), memory.guarded():
             engine = build_engine(model, train)
     except DeviceMemoryError:
         return None

@@ -28,12 +28,12 @@ def run_canary(job: TrainingJob, engine: Engine, memory: DeviceMemory) -> int:
     what = f"{job.batch_size} images of {height} x {width} px with {worst.targets} boxes each"
     memory.begin()
     with (
-        memory.guarded(),
         memory_errors(
             f"on {engine.device} before the first step, with the largest batch that this dataset can give: {what}",
             hint=smaller_batch(job.batch_size, job.grad_accum_steps),
             device=engine.device,
         ),
+        memory.guarded(),
     ):
         kept = _what_will_be_there(engine, accumulates=job.grad_accum_steps > 1)
         batch = worst_case_batch(

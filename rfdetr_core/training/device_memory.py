@@ -120,9 +120,6 @@ class MpsMemory(DeviceMemory):
 class CpuMemory(DeviceMemory):
     """The resident size of this process, within what its cgroup and the machine leave to it."""
 
-    def __init__(self) -> None:
-        self._guard = hardware.MemoryGuard()
-
     def available(self) -> int:
         return hardware.available_memory()
 
@@ -142,7 +139,7 @@ class CpuMemory(DeviceMemory):
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        with self._guard.at(self.available()):
+        with hardware.memory_guard(self.available()):
             yield
 
 

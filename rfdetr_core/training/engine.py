@@ -39,7 +39,15 @@ AUTOCAST: dict[Precision, torch.dtype | None] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-NO_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "could not create a primitive",  # oneDNN, whose kernels are made when they are first used
+    "could not create a memory",
+    "could not execute a primitive",
+)
 """How libraries without an exception type of their own say it."""
 
 

@@ -117,6 +117,14 @@ def test_a_prediction_leaves_out_what_it_predicts() -> None:
     assert fit(attempts[:1]) is None
 
 
+def test_sizes_close_to_each_other_give_no_slope() -> None:
+    """A CPU's heap: the second step of nearly the same size took more."""
+    attempts = measured((16, 139), (32, 197), (30, 198))
+    line = fit(attempts)
+    assert line is not None and line.bytes_per_image == pytest.approx(58 / 16)
+    assert next_batch(attempts, limit=190, upper=ANY) == 23
+
+
 def searched(fixed: int, each: int, limit: int, upper: Bound, memory: int) -> tuple[list[Attempt], Found]:
     """A whole search where n images take fixed + n * each bytes, and a step beyond `memory` fails."""
     attempts: list[Attempt] = []
