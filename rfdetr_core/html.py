@@ -24,7 +24,7 @@ figure { margin: 0 } figcaption { font-size: .8rem; opacity: .75; overflow-wrap:
 img { width: 100%; height: auto }
 .beside { display: flex; flex-wrap: wrap; gap: 0 2rem } .beside > * { flex: 1 1 26rem; max-width: 34rem }
 .wide { overflow-x: auto } .matrix td { text-align: center; min-width: 2rem; padding: .15rem .3rem; font-size: .8rem }
-.matrix th { font-size: .8rem; padding: .15rem .4rem }
+.matrix th { font-size: .8rem; padding: .15rem .4rem; white-space: nowrap }
 .turned span { writing-mode: vertical-rl; transform: rotate(180deg) }
 details { margin: .4rem 0 } svg { max-width: 34rem; width: 100%; height: auto } .muted { opacity: .7 }
 """

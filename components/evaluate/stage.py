@@ -76,7 +76,8 @@ def _champion(context: StageContext) -> Contender | None:
     except (PublicationError, CheckpointError) as error:
         raise PublicationError(
             f"{champion.version}, the champion of {name}, cannot be evaluated: {error.message}",
-            hint=f"restore {place.uri}, or make another version the champion: rfdetr-pipeline models rollback {name}",
+            hint=f"restore {place.uri}, or make another version the champion: "
+            f"rfdetr-pipeline models rollback {name} --root {context.root.uri}",
         ) from error
 
 

@@ -60,13 +60,15 @@ def measure(
     """Evaluate, time and compare both on the split of `config.evaluate.split`, or on valid where that has no box.
 
     Raises:
-        CheckpointError: the candidate does not know a class of the dataset.
+        CheckpointError: the candidate does not know a class of the dataset, or a model's outputs are not finite.
         DatasetError: there is nothing to measure on.
     """
     name, note = choose_split(dataset, config.evaluate.split)
     refuse_other_classes(candidate, dataset.class_map)
     split, class_map = dataset.split(name), dataset.class_map
     contenders = [candidate, champion] if champion else [candidate]
+    if champion and (missing := [name for name in class_map.names if name not in champion.trained.class_names]):
+        log.warning("champion %s does not know %s, and finds none of it", champion.version, _some(missing))
     found = [_evaluate(contender, split, class_map, config, device) for contender in contenders]
     autocast = half_precision(device) if config.train.fp16_eval else None
     latencies = measure_latency([contender.trained for contender in contenders], device, autocast=autocast)
@@ -149,16 +151,19 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 def _evaluate(
     contender: Contender, split: PreparedSplit, class_map: ClassMap, config: RunConfig, device: torch.device
 ) -> tuple[CocoMetrics, Detections]:
-    metrics, detections = evaluate_model(
-        contender.trained,
-        split,
-        class_map,
-        batch_size=config.evaluate.batch_size or 8,
-        max_dets=config.train.eval_max_dets,
-        device=device,
-        loading=LoaderSettings(config.train.num_workers, None, None, None),
-        fp16=config.train.fp16_eval,
-    )
+    try:
+        metrics, detections = evaluate_model(
+            contender.trained,
+            split,
+            class_map,
+            batch_size=config.evaluate.batch_size or 8,
+            max_dets=config.train.eval_max_dets,
+            device=device,
+            loading=LoaderSettings(config.train.num_workers, None, None, None),
+            fp16=config.train.fp16_eval,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{contender.path}: {error.message}", hint=error.hint) from error
     who = f"champion {contender.version}" if contender.version else "candidate"
     log.info("%s: mAP %.4f, mAP50 %.4f, F1 %.4f", who, metrics.map, metrics.map50, metrics.f1)
     return metrics, detections

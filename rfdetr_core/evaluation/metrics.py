@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rfdetr_core.data.annotations import AnnotationTable, ClassMap
+from rfdetr_core.errors import CheckpointError
 from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.evaluation.f1 import F1Sweep, f1_sweep
 
@@ -61,7 +62,15 @@ def coco_metrics(table: AnnotationTable, class_map: ClassMap, detections: Detect
 
     The twelve COCO numbers use [1, 10, 100] detections per image and class; `map`, `map50`, `map75`, `mar`, the
     F1 and the per-class values use exactly `max_dets` >= 1. Crowd regions absorb detections as in pycocotools.
+
+    Raises:
+        CheckpointError: a score or a box is not finite, and has no place in an order.
     """
+    if not (np.isfinite(detections.scores).all() and np.isfinite(detections.boxes).all()):
+        raise CheckpointError(
+            "the model's scores or boxes are not finite on some image",
+            hint="without train.fp16_eval, if that is on; else these weights are of no use: train again",
+        )
     evaluation = evaluator(table, class_map, detections)
     evaluation.params.maxDets = sorted({*COCO_MAX_DETS, max_dets})
     evaluation.evaluate()

@@ -15,7 +15,7 @@ from rfdetr_core.evaluation.measure import Measurement
 from rfdetr_core.evaluation.metrics import RECALLS, CocoMetrics
 from rfdetr_core.evaluation.samples import LEGEND, draw_sample
 
-CURVES_SHOWN = 8  # classes drawn in one chart, the most frequent ones
+CURVES_SHOWN = len(html.COLOURS)  # in one chart: the most frequent classes
 CONFUSION_SHOWN = 40  # classes in the matrix; the least frequent of more are one row
 PICTURE_BYTES = 6_000_000  # of all pictures together: the page opens in any browser and fits into a mail
 NOTHING, LITTLE = 0.0005, 0.1  # mAP that is shown as 0.000; AP50 that helps nobody
@@ -146,16 +146,16 @@ def _class_table(candidate: dict[str, Any], champion: dict[str, Any] | None) -> 
     return html.table(["class", *fields, *(["champion AP"] if champion else [])], lines)
 
 
-def _most_frequent(metrics: CocoMetrics, class_map: ClassMap) -> tuple[list[int], str]:
+def _most_frequent(metrics: CocoMetrics, class_map: ClassMap, most: int) -> tuple[list[int], str]:
     """Labels to be drawn, and a line about those that are not."""
     boxes = [metrics.per_class[name]["boxes"] for name in class_map.names]
-    shown = [int(label) for label in np.argsort(boxes)[::-1][:CURVES_SHOWN] if boxes[int(label)] > 0]
+    shown = [int(label) for label in np.argsort(boxes)[::-1][:most] if boxes[int(label)] > 0]
     hidden = sum(n > 0 for n in boxes) - len(shown)
     return shown, html.note(f"{hidden} less frequent classes are not drawn.") if hidden else ""
 
 
 def _precision_curves(metrics: CocoMetrics, class_map: ClassMap) -> str:
-    labels, rest = _most_frequent(metrics, class_map)
+    labels, rest = _most_frequent(metrics, class_map, CURVES_SHOWN)
     series = {
         f"{class_map.names[label]} (AP50 {metrics.per_class[class_map.names[label]]['ap50']:.3f})": (
             RECALLS.tolist(),
@@ -167,7 +167,7 @@ def _precision_curves(metrics: CocoMetrics, class_map: ClassMap) -> str:
 
 
 def _f1_curves(metrics: CocoMetrics, class_map: ClassMap) -> str:
-    labels, rest = _most_frequent(metrics, class_map)
+    labels, rest = _most_frequent(metrics, class_map, CURVES_SHOWN - 1)  # and their mean
     sweep = metrics.sweep
     mean = f"mean of all classes (best {metrics.f1:.3f} at {metrics.f1_threshold:.2f})"
     series = {mean: (THRESHOLDS.tolist(), sweep.f1[sweep.defined].mean(axis=0).tolist())}

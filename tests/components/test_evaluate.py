@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from components.evaluate import stage as evaluate
 from components.validate_dataset import stage as validate_dataset
 from rfdetr_core.data.prepared import PreparedDataset
 from rfdetr_core.detector_files import write_detector
+from rfdetr_core.evaluation.detections import Detections
 from rfdetr_core.models.detector import RFDETR
 from rfdetr_core.models.weights import TrainedModel
 from rfdetr_core.publication import publish, unpublish
@@ -88,10 +91,6 @@ def run(tmp_path: Path, data: Path) -> Run:
 
 def detections_in(path: Path) -> Any:
     """As the stage's own class, so that pycocotools can be asked."""
-    import numpy as np
-
-    from rfdetr_core.evaluation.detections import Detections
-
     rows = json.loads(path.read_text())
     boxes = np.array([row["bbox"] for row in rows]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -146,12 +145,9 @@ def test_a_champion_of_other_classes_is_matched_by_name(run: Run) -> None:
     champion = run.json("evaluate/metrics.json")["champion"]
     assert (champion["missing_classes"], champion["dropped_classes"]) == (["ellipse"], ["wolf"])
     assert champion["per_class"]["ellipse"]["ap"] == 0
-    assert {
-        row["category_id"] for row in json.loads((run.place / "evaluate/champion_detections.json").read_text())
-    } <= {
-        1,
-        3,
-    }
+    found = json.loads((run.place / "evaluate" / "champion_detections.json").read_text())
+    assert {row["category_id"] for row in found} <= {1, 3}
+    assert "champion r0 does not know ellipse" in (run.place / "logs" / "evaluate.log").read_text()
 
 
 @pytest.mark.parametrize("lost", [CHECKPOINT, "_SUCCESS.json", "all"])
@@ -164,7 +160,7 @@ def test_a_champion_whose_files_are_gone_ends_the_stage(run: Run, lost: str) -> 
     assert run() == 2
     error = run.error()
     assert "r0, the champion of shapes, cannot be evaluated" in error["message"]
-    assert "rfdetr-pipeline models rollback shapes" in error["hint"] and str(place) in error["hint"]
+    assert "rfdetr-pipeline models rollback shapes --root" in error["hint"] and str(place) in error["hint"]
 
 
 def test_a_champion_that_is_no_model_ends_the_stage(run: Run) -> None:
@@ -186,10 +182,21 @@ def test_a_checkpoint_of_another_class_map_is_refused(run: Run) -> None:
     assert run() == 0
 
 
+def test_outputs_that_are_not_finite_have_no_score(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite weights may overflow, most likely in half precision."""
+    forward = RFDETR.forward
+
+    def overflowing(self: RFDETR, *arguments: Any, **options: Any) -> Any:
+        outputs = forward(self, *arguments, **options)
+        return {**outputs, "pred_logits": outputs["pred_logits"] * float("nan")}
+
+    monkeypatch.setattr(RFDETR, "forward", overflowing)
+    assert run() == 2
+    assert f"{CHECKPOINT}: the model's scores or boxes are not finite on some image" in run.error()["message"]
+
+
 def without_boxes(data: Path, folder: Path, *splits: str) -> Path:
     """A copy of the dataset in which these splits have images and no annotations."""
-    import shutil
-
     shutil.copytree(data, folder)
     for split in splits:
         path = folder / split / "_annotations.coco.json"

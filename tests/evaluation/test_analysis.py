@@ -149,3 +149,22 @@ def test_errors_are_counted_up_to_the_limit_of_detections() -> None:
     detections = detections_of([(0, 0, 0.9 - 0.1 * i, B) for i in range(5)])
     counts = [error_analysis(table, classes(1), detections, max_dets=n)["counts"]["background"] for n in (1, 3, 100)]
     assert counts == [1, 3, 5]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_on_random_problems_background_is_what_touches_no_box(seed: int) -> None:
+    """And what it costs is the AP50 that leaving it out brings."""
+    table, class_map, detections = random_problem(seed, crowd=0.0)
+    limit = len(detections.scores)
+    apart = np.array(
+        [
+            all(overlap(box, truth, False) < 0.1 for truth in table.boxes[table.rows(int(image))])
+            for image, box in zip(detections.images, detections.boxes, strict=True)
+        ]
+    )
+    errors = error_analysis(table, class_map, detections, max_dets=limit)
+    assert errors["counts"]["background"] == int(apart.sum())
+    before, after = (
+        coco_metrics(table, class_map, found, max_dets=limit).map50 for found in (detections, detections.select(~apart))
+    )
+    assert errors["delta_ap50"]["background"] == pytest.approx(after - before, abs=1e-9) and after > before
