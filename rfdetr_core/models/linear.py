@@ -1,15 +1,17 @@
 """Linear layers that use oneDNN on a CPU, with bias and activation inside the product.
 
-PyTorch sends float32 products on a CPU to BLAS, copies the bias into the result beforehand and runs the activation
-over it afterwards. oneDNN does all three in one pass, and its kernels are as fast as MKL's on Intel and faster on other
-processors (docs/benchmarks.md). Where someone vouches for the weights, as evaluation and prediction do, they are kept
-in oneDNN's own order. Wherever a graph is recorded, and on other devices, `F.linear` does the work.
+PyTorch sends float32 products on a CPU to MKL, copies the bias into the result beforehand and runs the activation
+over it afterwards. oneDNN does all three in one pass. Where someone vouches for the weights, as evaluation and
+prediction do, they are kept in oneDNN's own order, which makes its kernels the faster ones everywhere. In training they
+change at every step; then oneDNN is faster on other processors and MKL on Intel's (docs/benchmarks.md), where oneDNN is
+left what it can fuse. Wherever a graph is recorded, and on other devices, `F.linear` does the work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -117,6 +119,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
         return _activate(F.linear(x, weight, bias), activation)
     if not _differentiated(x, weight, bias):
         return _product(x, weight, bias, activation)
+    if _MKL_IS_FASTER and activation != "relu":
+        return _activate(F.linear(x, weight, bias), activation)
     if activation == "gelu":  # its gradient needs what went in
         return F.gelu(_product_with_gradient(x, weight, bias, "none"))
     return _product_with_gradient(x, weight, bias, activation)
@@ -130,6 +134,24 @@ def linear_kept(
         return linear(x, _rows(weights), bias, activation)
     packed = kept.get(weights, lambda: _pack(_rows(weights), x))
     return _product(x, packed, bias, activation)
+
+
+class ScaledResidual(KeepingModule):
+    """`residual + factor * layer(x)`; where the weights are constant the factor goes into them, and all is one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_bias = Kept()
+
+    def add(self, residual: Tensor, x: Tensor, layer: Linear, factor: Tensor) -> Tensor | None:
+        """The sum, with factor (out,); None where it has to be computed in steps."""
+        used = (layer.weight, layer.bias, factor)
+        if layer.activation != "none" or not self.kept.usable(x, residual, *used) or not _suits_onednn(x, layer.weight):
+            return None
+        weight = self.kept.get([layer.weight, factor], lambda: _pack(layer.weight * factor[:, None], x))
+        bias = self.kept_bias.get([layer.bias, factor], lambda: layer.bias * factor)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return result
 
 
 def _rows(weights: Sequence[Tensor]) -> Tensor:
@@ -200,21 +222,35 @@ class _Linear(torch.autograd.Function):
             gradient = torch.ops.aten.threshold_backward(gradient, result, 0)
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
-        of_x = _product(gradient, weight.t(), None, "none") if wants_x else None
+        of_x = _input_gradient(gradient, weight) if wants_x else None
         of_weight = _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if wants_weight else None
         return of_x, of_weight, rows.sum(0) if wants_bias else None, None
+
+
+def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Gradient (..., out) times weight (out, in)."""
+    return gradient @ weight if _MKL_IS_FASTER else _product(gradient, weight.t(), None, "none")
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """Gradient (M, out) transposed times x (M, in), where M is many times the sides of the result.
 
-    Of the two libraries oneDNN is a fifth faster if the result is wide, and slower otherwise.
+    Where MKL is not at home, oneDNN is a fifth faster if the result is wide, and slower otherwise.
     """
-    if gradient.shape[1] < x.shape[1]:
+    if gradient.shape[1] < x.shape[1] and not _MKL_IS_FASTER:
         return _product(gradient.t(), x.t(), None, "none")
     return gradient.t() @ x
 
 
+def _is_intel() -> bool:
+    """Whether MKL runs on the processors it is tuned for; a fact of the machine, so that a run repeats bit by bit."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+_MKL_IS_FASTER = torch.backends.mkl.is_available() and _is_intel()  # type: ignore[no-untyped-call]
 _AVAILABLE = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
 )

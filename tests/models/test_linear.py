@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rfdetr_core.models import linear as module
 from rfdetr_core.models.linear import Activation, Linear, constant_weights, linear, vouch_for
+from rfdetr_core.models.vit import LayerScale
 from rfdetr_core.training.ema import ModelEMA
 from tests.models import golden
 
@@ -28,7 +29,16 @@ def reference(layer: nn.Linear, x: Tensor, activation: str) -> Tensor:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("width_in", "width_out"), [(24, 96), (96, 24), (32, 32)])
 @pytest.mark.parametrize("shape", [(40,), (3, 20), (2, 2, 10), (3,)])  # the last has too few rows for oneDNN
-def test_values_and_gradients(activation: Activation, width_in: int, width_out: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("mkl", [True, False])
+def test_values_and_gradients(
+    activation: Activation,
+    width_in: int,
+    width_out: int,
+    shape: tuple[int, ...],
+    mkl: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_MKL_IS_FASTER", mkl)
     torch.manual_seed(0)
     layer = Linear(width_in, width_out, activation=activation)
     x = torch.randn(*shape, width_in, requires_grad=True)
@@ -70,14 +80,18 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_onednn_does_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mkl", "activation", "products"), [(False, "none", 2), (True, "none", 0), (True, "relu", 1)])
+def test_onednn_does_it_where_it_is_fastest(
+    monkeypatch: pytest.MonkeyPatch, mkl: bool, activation: Activation, products: int
+) -> None:
+    monkeypatch.setattr(module, "_MKL_IS_FASTER", mkl)
     calls, x = called(monkeypatch), torch.randn(20, 16)
-    layer = Linear(16, 16)
+    layer = Linear(16, 16, activation=activation)
     layer(x.requires_grad_()).sum().backward()
-    assert len(calls) == 2  # forward, and the gradient of x
+    assert len(calls) == products  # forward, and the gradient of x
     with torch.no_grad():
         layer(x)
-    assert len(calls) == 3
+    assert len(calls) == products + 1
 
 
 def test_others_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +239,26 @@ def test_weights_made_for_inference() -> None:
             layer(x)
             layer.weight.mul_(2.0)
             assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["layer.weight", "layer.bias", "lambda1"])
+def test_a_branch_ends_in_one_pass_where_the_weights_are_constant(changed: str) -> None:
+    torch.manual_seed(0)
+    layer, scale = Linear(24, 16), LayerScale(16)
+    scale.lambda1.normal_()
+    x, residual = torch.randn(2, 10, 24), torch.randn(2, 10, 16)
+
+    def expected() -> Tensor:
+        return residual + scale.lambda1 * F.linear(x, layer.weight, layer.bias)
+
+    assert scale.add(residual, x, layer, scale.lambda1) is None
+    with constant_weights(scale):
+        total = scale.add(residual, x, layer, scale.lambda1)
+        assert total is not None
+        assert_allclose(total, expected(), rtol=1e-5, atol=1e-6)
+        {"layer.weight": layer.weight, "layer.bias": layer.bias, "lambda1": scale.lambda1}[changed].mul_(3.0)
+        assert_allclose(scale(residual, x, layer, 0.0), expected(), rtol=1e-5, atol=1e-6)
+    assert scale.kept._value is None and scale.kept_bias._value is None
+    assert_allclose(scale(residual, x, layer, 0.0), expected(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(scale(residual, x, layer, 1.0 - 1e-9), residual)  # every window dropped
