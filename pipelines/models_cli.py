@@ -114,7 +114,7 @@ def _chain(onnx: str, provenance: Mapping[str, Any]) -> Iterator[str]:
     yield f"  beginning with  {origin}"
     yield f"  compared with   {provenance['parent']['champion'] or 'no champion'}"
     yield f"  by code         {provenance['code']['version']}, revision {provenance['code']['revision'] or 'unknown'}"
-    for stage, said in stages.items():
+    for stage, said in sorted(stages.items(), key=lambda item: str(item[1]["started"])):
         hardware = said["hardware"] or {}
         image = said["image"] or "no image: a process"
         yield f"    {stage:16s} {image}; {said['started']}, {hardware.get('cpus')} cores; {_versions(said)}"

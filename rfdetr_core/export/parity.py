@@ -200,7 +200,8 @@ def check_ap(
 def _consumed(consumer: Consumer, split: PreparedSplit, images: Sequence[int]) -> Iterator[Detections]:
     read = [consumer.read(split.read_bytes(i)) for i in images]
     sizes = [size for _, size in read]
-    outputs = consumer.run(_filled(np.concatenate([pixels for pixels, _ in read]), consumer.fixed_batch), sizes)
+    batch, of_all = _filled(np.concatenate([pixels for pixels, _ in read]), sizes, consumer.fixed_batch)
+    outputs = consumer.run(batch, of_all)
     for image, found, (height, width) in zip(images, consumer.detections(outputs, sizes), sizes, strict=True):
         scores = 1 / (1 + np.exp(-found.logits))
         place = np.full(len(scores), image, np.int64)
@@ -212,11 +213,10 @@ def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]
         yield samples[start : start + size]
 
 
-def _filled(batch: Array, size: int | None) -> Array:
-    """A batch of the fixed size, if there is one: its last image again and again."""
-    if size is None or len(batch) == size:
-        return batch
-    return np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+def _filled(batch: Array, sizes: list[tuple[int, int]], full: int | None) -> tuple[Array, list[tuple[int, int]]]:
+    """A batch of `full` images and their sizes, if so many are wanted: its last image again and again."""
+    missing = 0 if full is None else full - len(batch)
+    return np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]), sizes + sizes[-1:] * missing
 
 
 def _compare(
@@ -225,8 +225,8 @@ def _compare(
     read = [consumer.read(sample.data) for sample in batch]
     sizes = [shape for _, shape in read]
     full = size if consumer.fixed_batch or size > 1 else None  # one image proves nothing of larger batches
-    pixels = _filled(np.concatenate([pixels for pixels, _ in read]), full)
-    outputs = consumer.run(pixels, sizes + sizes[-1:] * (len(pixels) - len(sizes)))
+    pixels, of_all = _filled(np.concatenate([pixels for pixels, _ in read]), sizes, full)
+    outputs = consumer.run(pixels, of_all)
     selections = outputs.pop(SELECTION, None)
     for row, (sample, found) in enumerate(zip(batch, consumer.detections(outputs, sizes), strict=True)):
         selection = None if selections is None else selections.reshape(len(pixels), -1)[row]

@@ -395,7 +395,7 @@ class TestSplit:
             assert [row[:2] for row in rows] == [["picture.png", consumer.class_names[i]] for i in found.labels]
             values = np.array([row[2:] for row in rows], float)
             assert np.allclose(values[:, 0], 1 / (1 + np.exp(-found.logits)), atol=6e-4)
-            assert np.allclose(values[:, 1:], found.boxes * 64, atol=0.06)
+            assert np.allclose(values[:, 1:], found.boxes * [size[1], size[0], size[1], size[0]], atol=0.06)
 
 
 def test_latency_of_all_that_is_there(trained: TrainedModel, dynamic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
