@@ -666,7 +666,7 @@ class TestOtherChannels:
         assert exported.get_inputs()[0].shape == ["batch", channels, 32, 32]
         metadata = exported.get_modelmeta().custom_metadata_map
         assert len(json.loads(metadata["mean"])) == len(json.loads(metadata["std"])) == channels
-        assert {1: "; L,", 4: "; RGBA,"}[channels] in metadata["resize"]
+        assert metadata["channels"] == {1: "L", 4: "RGBA"}[channels]
 
     def test_a_dataset_that_was_reduced_has_lost_the_fourth_channel(
         self, coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -749,7 +749,7 @@ def test_the_page_on_python_tells_the_truth(coco: Path, tmp_path: Path, monkeypa
     """Every snippet runs, in order; with a small detector, one epoch of small images, and weights made here."""
     page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     shutil.copytree(coco, tmp_path / "data")
     shutil.copy(pictures(coco)[0], tmp_path / "photo.jpg")
     module = detector.RFDETR(tiny.model_config(num_classes=90))

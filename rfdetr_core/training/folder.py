@@ -106,7 +106,10 @@ def probe_in_folder(section: ModelSection, train: TrainConfig, *, price_per_hour
         DeviceMemoryError: the given batch, or a batch of one image, does not fit.
     """
     options = PrepareOptions(train_short_side=largest_useful_short_side(section, train))
-    dataset = _prepared_dataset(Path(str(train.dataset_dir)), Path(train.output_dir), options, train.dataset_file)
+    source, output = Path(str(train.dataset_dir)), Path(train.output_dir)
+    taken = DatasetConfig(uri=str(source))
+    report = Report(CheckOptions.of(taken, section))
+    dataset = _prepared_dataset(source, output, options, train.dataset_file, report, taken.missing_test)
     model = section.for_dataset(len(dataset.class_map))
     return probe(model, train, DatasetFacts.of(dataset.document), price_per_hour=price_per_hour)
 

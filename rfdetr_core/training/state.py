@@ -158,7 +158,7 @@ def begin_together(job: TrainingJob, world: World) -> Beginning:
         world.file_from_main(job.checkpoints / name)
     if begin is None:
         begin = beginning(job)
-    step = begin.content["position"]["global_step"] if begin.content is not None else 0
+    step = (begin.content or {}).get("position", {}).get("global_step", 0)  # what is not whole is refused by all
     if len(set(world.texts(f"{job.inputs} {step}"))) > 1:
         raise RFDETRError(
             "the nodes begin with different trainings or checkpoints",

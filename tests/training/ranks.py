@@ -23,6 +23,7 @@ from rfdetr_core.errors import ExitError
 from rfdetr_core.training import launch
 from rfdetr_core.training.distributed import World
 from rfdetr_core.training.loop import TrainingJob, TrainingResult, train
+from rfdetr_core.training.nodes import Nodes
 
 
 class Ranks:
@@ -43,7 +44,10 @@ class Ranks:
                     stderr=said,
                     text=True,
                     cwd=Path(__file__).parents[2],
-                    env={**launch._environment(count), **torchrun},  # by which Fabric sees that it is not alone
+                    env={
+                        **launch._environment(count, Nodes()),
+                        **torchrun,
+                    },  # by which Fabric sees that it is not alone
                 )
             self._processes.append(process)
 

@@ -70,7 +70,7 @@ class TestValidationLoss:
 
         monkeypatch.setattr(Criterion, "forward", record)
         train(tiny.job(dataset, tmp_path, epochs=1, compute_val_loss=value))
-        assert modes == [True] * 5
+        assert modes == [True] * 6  # the canary, and five steps
         assert not [name for name in rows(tmp_path)[0] if name.startswith("val/loss")]
 
 
