@@ -11,7 +11,7 @@ from tests.models.golden_check import FLOAT32, Check, Deviation, by_file, entrie
 from tests.models.golden_report import CASES, LEFT_OUT, computed, forgotten, is_long, main, report, stored_files
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_entry_is_compared_or_left_out_for_a_reason_and_never_both() -> None:
     compared = by_file([computed(name) for name in CASES])
     for file in stored_files():

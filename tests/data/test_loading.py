@@ -642,7 +642,7 @@ class Weighed(TrainImages):
 
 
 @forks
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_memory_of_a_worker_does_not_grow_with_epochs_or_annotations(tmp_path: Path) -> None:
     """A million boxes, twenty epochs: flat arrays are shared, where Python objects would be copied page by page."""
     images, each = 500, 2000

@@ -73,7 +73,7 @@ def assert_equal_gradients(model: RFDETR, compiled: Any, size: int) -> None:
         assert_allclose(gradients[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_with_gradients() -> None:
     model = pico().train()
     assert_equal_gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 64)

@@ -140,7 +140,7 @@ def stopped(process: subprocess.Popen[str], marker: str, wait: float = 0.0) -> t
             process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_probe(folder: Path) -> None:
     # Large images: what is left of the search after its first step takes seconds, also where this test is waited for.
     prepared(folder, "probe", train={"batch_size": "auto"}, model={"resolution": 320})
@@ -209,7 +209,7 @@ def test_an_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resumable(folder, "evaluation", output, seconds, range(5, 6))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_upload(folder: Path) -> None:
     """What is under way arrives whole, and the last step's checkpoint after it."""
     prepared(folder, "upload", train={"eval_interval": 500, "checkpoint_interval": 1})

@@ -267,7 +267,7 @@ def stopped(project: Project, run_id: str, signum: int, marker: str) -> Path:
     return project.root / "runs" / run_id
 
 
-@pytest.mark.slow
+@pytest.mark.long  # its sibling, the signal in the first stage, is part of make test
 def test_ctrl_c_stops_everything_that_was_started(project: Project) -> None:
     folder = stopped(project, "stop-training", signal.SIGINT, "epoch 1/1000 done")
     assert json.loads((folder / "status" / "train.json").read_text())["state"] == "preempted"

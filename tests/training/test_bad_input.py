@@ -80,6 +80,7 @@ class TestSizes:
         assert (shapes == {(32, 32)}) is square
         assert all(side % tiny.model_config().block == 0 for shape in shapes for side in shape)
 
+    @pytest.mark.long  # steps on strips of 1,344 px
     def test_one_by_one_a_strip_stays_one(self, odd: PreparedDataset, tmp_path: Path, batches: list[Batch]) -> None:
         train(tiny.job(odd, tmp_path, epochs=2, batch=1, square_resize_div_64=False, scale_jitter=False))
         found = {batch.images[0]: (tuple(batch.pixels.shape[-2:]), batch.sizes) for batch in batches}
