@@ -69,7 +69,7 @@ def _verdict(report: Report, document: dict[str, Any] | None) -> str:
     kinds = dict.fromkeys(("error", "warning", "note"), 0)
     for finding in report.findings.values():
         kinds[finding.severity] += finding.count
-    counts = f"{kinds['error']} errors, {kinds['warning']} warnings, {kinds['note']} notes"
+    counts = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in kinds.items())
     if report.errors or document is None:
         return html.verdict(f"Not usable: {counts}", "bad")
     return html.verdict(f"Usable: {counts}", "warn" if kinds["warning"] else "good")

@@ -59,7 +59,7 @@ def test_a_usable_dataset(tmp_path: Path) -> None:
     assert "script" not in page.tags and "http" not in html and "<b>bold" not in html
     for text in ("<script>alert(1)</script>", 'a "quoted" & one', "<b>bold</b>.png", "s3://b/<data>"):
         assert text in page.text
-    assert "Usable: 0 errors, 2 warnings, 1 notes" in page.text
+    assert "Usable: 0 errors, 2 warnings, 1 note" in page.text
     assert "train/a.png: annotation 3 [5.0, 5.0, 0.0, 9.0]" in page.text
 
 
@@ -72,7 +72,7 @@ def test_errors_come_first_and_open() -> None:
     text = Page(html).text
     assert text.index("unknown-image") < text.index("box-empty") < text.index("crowd")
     assert html.count("<details open>") == 1
-    assert f"Not usable: {ROWS_SHOWN + 3} errors, 1 warnings, 1 notes" in text
+    assert f"Not usable: {ROWS_SHOWN + 3} errors, 1 warning, 1 note" in text
     assert f"row {ROWS_SHOWN - 1}" in text and f"row {ROWS_SHOWN} " not in text
     assert "… 3 more in report.json" in text
     assert report_json("source", report, None)["usable"] is False
