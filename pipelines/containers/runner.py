@@ -171,7 +171,7 @@ class ContainerRunner:
     def _webhook(self, stage: str) -> dict[str, str]:
         """Its address is a secret, which only the stage that uses it is told."""
         name = self._settings["webhook"]
-        return {name: os.environ[name]} if stage == "notify" and name in os.environ else {}
+        return {name: os.environ[name]} if stage == "notify" and name is not None and name in os.environ else {}
 
     def _identity(self, client: Any, image: str) -> str:
         """What status files and provenance record."""
