@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long parameters golden bench peer lint manifests compile ir docs lock lock-images images test-containers push clean
+.PHONY: help setup demo test test-long test-memory parameters golden bench peer lint manifests compile ir docs lock lock-images images test-containers push clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(READY) ## Run the tests
 
 test-long: demo ## Run the demo and check it, the DAG on real images, and the full-size reference cases
 	$(BIN)/python -m pytest -m long
+
+test-memory: $(READY) ## Prove the safe batch within memory limits of several sizes (root; up to half an hour)
+	$(BIN)/python -m pytest -n 0 -m memory tests/training/test_memory_limits.py
 
 parameters: $(READY) ## Run the tests of every training parameter, a line per parameter
 	$(BIN)/python -m tests.parameters
