@@ -136,24 +136,6 @@ def linear_kept(
     return _product(x, packed, bias, activation)
 
 
-class ScaledResidual(KeepingModule):
-    """`residual + factor * layer(x)`; where the weights are constant the factor goes into them, and all is one pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept_bias = Kept()
-
-    def add(self, residual: Tensor, x: Tensor, layer: Linear, factor: Tensor) -> Tensor | None:
-        """The sum, with factor (out,); None where it has to be computed in steps."""
-        used = (layer.weight, layer.bias, factor)
-        if layer.activation != "none" or not self.kept.usable(x, residual, *used) or not _suits_onednn(x, layer.weight):
-            return None
-        weight = self.kept.get([layer.weight, factor], lambda: _pack(layer.weight * factor[:, None], x))
-        bias = self.kept_bias.get([layer.bias, factor], lambda: layer.bias * factor)
-        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return result
-
-
 def _rows(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 

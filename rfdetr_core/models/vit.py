@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rfdetr_core.models.linear import KeepingModule, Linear, ScaledResidual, linear_kept
+from rfdetr_core.models.linear import KeepingModule, Linear, linear_kept
 
 _NORM_EPS = 1e-6
 
@@ -124,15 +124,18 @@ class SelfAttention(KeepingModule):
 
 
 class AttentionOutput(nn.Module):
-    """Output projection of the attention; the block applies it."""
+    """Output projection of the attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = Linear(width, width)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(x)
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, T, width), without its output projection."""
+    """Multi-head self-attention over (B, T, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -140,11 +143,11 @@ class Attention(nn.Module):
         self.output = AttentionOutput(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x)
+        return self.output(self.attention(x))
 
 
 class MLP(nn.Module):
-    """Two linears with an exact GELU between; the block applies the second."""
+    """Two linears with an exact GELU between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -152,23 +155,17 @@ class MLP(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc1(x)
+        return self.fc2(self.fc1(x))
 
 
-class LayerScale(ScaledResidual):
-    """The end of a block's branch: its last linear layer, stochastic depth, a learned factor per channel, the sum."""
+class LayerScale(nn.Module):
+    """A learned factor per channel; the block applies it together with the residual sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.lambda1 = nn.Parameter(torch.ones(width))
 
-    def forward(self, residual: Tensor, x: Tensor, last: Linear, drop_path: float) -> Tensor:
-        total = self.add(residual, x, last, self.lambda1) if drop_path == 0.0 else None
-        if total is not None:
-            return total
-        branch = last(x)
-        if drop_path > 0.0:
-            branch = drop_windows(branch, drop_path)
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         return torch.addcmul(residual, branch, self.lambda1)
 
 
@@ -194,11 +191,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, width = x.shape[1:]
-        drop_path = self.drop_path if self.training else 0.0
         normed = self.norm1(x)
         attended = self.attention(normed.view(-1, self.windows_per_sequence * tokens, width)).view_as(x)
-        x = self.layer_scale1(x, attended, self.attention.output.dense, drop_path)
-        return self.layer_scale2(x, self.mlp(self.norm2(x)), self.mlp.fc2, drop_path)
+        x = self.layer_scale1(x, self._maybe_drop(attended))
+        return self.layer_scale2(x, self._maybe_drop(self.mlp(self.norm2(x))))
+
+    def _maybe_drop(self, branch: Tensor) -> Tensor:
+        if self.training and self.drop_path > 0.0:
+            return drop_windows(branch, self.drop_path)
+        return branch
 
 
 class Encoder(nn.Module):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from rfdetr_core.models import linear as module
 from rfdetr_core.models.linear import Activation, Linear, constant_weights, linear, vouch_for
-from rfdetr_core.models.vit import LayerScale
 from rfdetr_core.training.ema import ModelEMA
 from tests.models import golden
 
@@ -244,26 +243,3 @@ def test_weights_made_for_inference() -> None:
             layer(x)
             layer.weight.mul_(2.0)
             assert_allclose(layer(x), reference(layer, x, "none"), rtol=1e-5, atol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("changed", ["layer.weight", "layer.bias", "lambda1"])
-def test_a_branch_ends_in_one_pass_where_the_weights_are_constant(changed: str) -> None:
-    torch.manual_seed(0)
-    layer, scale = Linear(24, 16), LayerScale(16)
-    scale.lambda1.normal_()
-    x, residual = torch.randn(2, 10, 24), torch.randn(2, 10, 16)
-
-    def expected() -> Tensor:
-        return residual + scale.lambda1 * F.linear(x, layer.weight, layer.bias)
-
-    assert scale.add(residual, x, layer, scale.lambda1) is None
-    with constant_weights(scale):
-        total = scale.add(residual, x, layer, scale.lambda1)
-        assert total is not None
-        assert_allclose(total, expected(), rtol=1e-5, atol=1e-6)
-        {"layer.weight": layer.weight, "layer.bias": layer.bias, "lambda1": scale.lambda1}[changed].mul_(3.0)
-        assert_allclose(scale(residual, x, layer, 0.0), expected(), rtol=1e-5, atol=1e-6)
-    assert scale.kept._value is None and scale.kept_bias._value is None
-    assert_allclose(scale(residual, x, layer, 0.0), expected(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(scale(residual, x, layer, 1.0 - 1e-9), residual)  # every window dropped
