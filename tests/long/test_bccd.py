@@ -46,11 +46,11 @@ def test_the_promoted_model_finds_blood_cells(tmp_path: Path) -> None:
     version = root / "models" / "blood-cells" / "versions" / "bccd" / "model.onnx"
     session = onnxruntime.InferenceSession(str(version), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
-    side, names = int(metadata["resolution"]), json.loads(metadata["class_names"])
+    (height, width), names = json.loads(metadata["resolution"]), json.loads(metadata["class_names"])
     dataset = PreparedDataset(root / json.loads((run / "dataset" / "dataset.json").read_text())["location"])
     split = dataset.split("test")
     image = split.decode(0)
-    pixels = np.asarray(image.resize((side, side), 2), dtype=np.float32).transpose(2, 0, 1)[None] / 255
+    pixels = np.asarray(image.resize((width, height), 2), dtype=np.float32).transpose(2, 0, 1)[None] / 255
     mean, std = (np.array(json.loads(metadata[k]), dtype=np.float32).reshape(3, 1, 1) for k in ("mean", "std"))
     dets, labels = session.run(["dets", "labels"], {"input": (pixels - mean) / std})
     cells = 1 / (1 + np.exp(-labels[0, :, names.index("RBC")]))

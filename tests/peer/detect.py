@@ -44,11 +44,17 @@ def detect(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_adapters(network: torch.nn.Module) -> None:
-    """Give every adapter values that change its layer by about as much as the layer has."""
-    torch.manual_seed(0)
+    """Give every adapter values that change its layer by about as much as the layer has.
+
+    With this seed the scores of the first 300 tokens are 1.4e-5 apart or more in the images of the test. Two that
+    are closer are ranked in either order, and self-attention then changes all detections.
+    """
+    torch.manual_seed(17)
     with torch.no_grad():
         for name, value in network.named_parameters():
-            if "lora_B" in name:
+            if "lora_A" in name:
+                value.uniform_(-(value.shape[1] ** -0.5), value.shape[1] ** -0.5)
+            elif "lora_B" in name:
                 value.normal_(std=0.3)
             elif "lora_magnitude_vector" in name:
                 value.mul_(1 + 0.3 * torch.rand_like(value))
