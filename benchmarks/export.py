@@ -1,7 +1,7 @@
 """ONNX Runtime's latency of our exported model beside the one that rfdetr 1.11.2 exports, taking turns in one run.
 
-    python -m benchmarks.onnx                              # nano and medium, 1 and 2 threads
-    python -m benchmarks.onnx --variants nano --turns 30
+    python -m benchmarks.export                              # nano and medium, 1 and 2 threads
+    python -m benchmarks.export --variants nano --turns 30
 
 All files hold the same weights and get the same image. Said as well is in how many images all queries agree to 1e-3:
 where two of the first 300 tokens have scores as close as float32 rounds, either order is right, and self-attention
@@ -43,7 +43,7 @@ IMAGES = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line per variant and count of threads."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.onnx"
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.export"
     )
     parser.add_argument("--variants", nargs="+", default=["nano", "medium"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
@@ -69,7 +69,7 @@ def export_all(variant: str, folder: Path) -> dict[str, Path]:
     module, weights = RFDETR(config).eval(), folder / f"{variant}.pth"
     fill_w1(module, keep=False)
     torch.save({"model": module.state_dict()}, weights)
-    program = Path(__file__).with_name("onnx_reference.py")
+    program = Path(__file__).with_name("export_sides.py")
     command = [REFERENCE_PYTHON, "-P", program, reference_class(variant), weights, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

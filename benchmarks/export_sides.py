@@ -1,6 +1,6 @@
 """Exports the reference's detector with its own defaults; runs in the environment of `make peer`.
 
-    .peer/bin/python -P benchmarks/onnx_reference.py CLASS WEIGHTS FOLDER
+    .peer/bin/python -P benchmarks/export_sides.py CLASS WEIGHTS FOLDER
 
 The last line that it prints is the path of the ONNX file. With -P, onnx is the package and not our onnx.py.
 """
