@@ -130,8 +130,17 @@ class StopFlag:
             raise Terminated("stopped by SIGTERM", hint="run the same command again")
 
 
-def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence[str] | None = None) -> int:
-    """Run one stage; returns its exit code (DESIGN section 4). Never raises for what a user can mend."""
+def run_stage(
+    stage: Stage,
+    body: Callable[[StageContext], None],
+    argv: Sequence[str] | None = None,
+    *,
+    outdated: Callable[[StageContext], str | None] = lambda _: None,
+) -> int:
+    """Run one stage; returns its exit code (DESIGN section 4). Never raises for what a user can mend.
+
+    `outdated` says why a result that is there, of the same inputs, does not stand any longer; None if it does.
+    """
     arguments = _parser(stage).parse_args(argv)
     work = Path(tempfile.mkdtemp(prefix=f"rfdetr-{stage.name}-"))
     log_file = work / "stage.log"
@@ -145,7 +154,7 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
                 place, root = locate_run(arguments.run_uri)
                 status.begin(place)
                 run = place  # the store answers: from here on every outcome is written to it
-                state = _execute(stage, body, arguments, run, root, work, stop, status)
+                state = _execute(stage, body, outdated, arguments, run, root, work, stop, status)
                 stop.deferred = True  # how it ended stands; a signal from here on must not keep it from being told
                 status.end(0, state)
             except ExitError as error:
@@ -175,6 +184,7 @@ def run_stage(stage: Stage, body: Callable[[StageContext], None], argv: Sequence
 def _execute(
     stage: Stage,
     body: Callable[[StageContext], None],
+    outdated: Callable[[StageContext], str | None],
     arguments: argparse.Namespace,
     run: Location,
     root: Location,
@@ -191,12 +201,6 @@ def _execute(
     if arguments.force:
         unpublish(target)  # first: a reader must not meet a manifest without its files
         target.delete_tree()
-    manifest = read_manifest(target)
-    if manifest is not None and manifest.inputs == inputs:
-        log.info("already done: %s", target.uri)
-        return "already done"
-    _refuse_known_failure(status.previous, inputs, status.attempt)
-
     output = work / "out"
     output.mkdir()
     context = StageContext(
@@ -211,6 +215,14 @@ def _execute(
         stop=stop,
         facts=status.facts,
     )
+    manifest = read_manifest(target)
+    if manifest is not None and manifest.inputs == inputs:
+        reason = outdated(context)
+        if reason is None:
+            log.info("already done: %s", target.uri)
+            return "already done"
+        log.info("once more: %s", reason)
+    _refuse_known_failure(status.previous, inputs, status.attempt)
     body(context)
     if context.published_elsewhere:
         return "succeeded"

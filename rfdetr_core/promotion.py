@@ -102,7 +102,9 @@ def comparable(
         return evaluated, metrics.get("comparison")
     changed = f"champion changed to {champion.version} since the evaluation"
     if champion.test_digest != metrics["test_digest"] or gate.max_p_value is not None:
-        raise ChampionChangedError(changed, hint="run evaluate again with --force")
+        raise ChampionChangedError(
+            changed, hint="start the run again with the same run id to measure it beside that one"
+        )
     return {"version": champion.version, **champion.metrics}, None
 
 

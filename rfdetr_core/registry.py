@@ -174,7 +174,7 @@ class Registry:
         except VersionConflict as error:
             raise ChampionChangedError(
                 "another run promoted while this one decided",
-                hint="run promote again; evaluate first if it asks for it",
+                hint="run promote again; it says if the run has to be measured beside that one first",
             ) from error
 
     def require_guard(self, *, allow_unguarded: bool, permit: str) -> bool:

@@ -536,6 +536,7 @@ class TestPretrained:
         assert [change["key"].rpartition(".")[2] for change in report["resized"]] == ["position_embeddings"]
 
     @pytest.mark.parameter("resolution")
+    @pytest.mark.long
     def test_the_resolution_of_each_training_stays_until_another_is_given(
         self, weights: Path, coco: Path, tmp_path: Path
     ) -> None:
@@ -641,7 +642,7 @@ def seen_by_alpha(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestOtherChannels:
     """Image files are read as grey for one channel, as RGBA for four; of other counts they cannot be."""
 
-    @pytest.mark.parametrize("channels", [1, 4])
+    @pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.long), 4])
     def test_train_evaluate_export_predict(self, seen_by_alpha: Path, tmp_path: Path, channels: int) -> None:
         model = RFDETRPico(**ARCHITECTURE, num_channels=channels)
         # Once with the probe, which takes ten seconds on a CPU.
@@ -670,6 +671,7 @@ class TestOtherChannels:
         assert len(json.loads(metadata["mean"])) == len(json.loads(metadata["std"])) == channels
         assert metadata["channels"] == {1: "L", 4: "RGBA"}[channels]
 
+    @pytest.mark.long
     def test_a_dataset_that_was_reduced_has_lost_the_fourth_channel(
         self, coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -745,7 +747,7 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is not the published file of that name")
 def test_the_page_on_python_tells_the_truth(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every snippet runs, in order; with a small detector, one epoch of small images, and weights made here."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from components.runtime import Stage, StageContext, run_stage
 from rfdetr_core import hardware
 from rfdetr_core.errors import CheckpointError, PublicationError
-from rfdetr_core.publication import fetch
+from rfdetr_core.publication import fetch, read_manifest
 from rfdetr_core.registry import CHECKPOINT, Registry
 
 if TYPE_CHECKING:
@@ -54,6 +54,20 @@ def body(context: StageContext) -> None:
     (context.output / "report.html").write_text(page)
 
 
+def outdated(context: StageContext) -> str | None:
+    """Whether another champion than the one that was measured has to be beaten, until promote has decided."""
+    if read_manifest(context.run / "promote") is not None:
+        return None
+    champion = Registry(context.root, context.config.name).champion()
+    if champion is None or champion.version == context.run.name:  # gone; or promote won, and has yet to say so
+        return None
+    measured = context.read_result("evaluate", "metrics.json")["champion"]
+    before = measured["version"] if measured else None
+    if before == champion.version:
+        return None
+    return f"the champion is {champion.version} now, and {before or 'none'} was measured"
+
+
 def _champion(context: StageContext) -> Contender | None:
     """The champion as the registry has it; None where no version was promoted yet.
 
@@ -83,7 +97,7 @@ def _champion(context: StageContext) -> Contender | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    return run_stage(STAGE, body, argv)
+    return run_stage(STAGE, body, argv, outdated=outdated)
 
 
 if __name__ == "__main__":

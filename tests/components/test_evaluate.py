@@ -132,6 +132,24 @@ def test_candidate_and_champion_are_measured_on_the_same_images(run: Run) -> Non
     assert "Against the champion r0" in page
 
 
+def test_until_promote_has_decided_a_new_champion_is_measured_as_well(run: Run) -> None:
+    assert run() == 0
+    first = run.json("evaluate/_SUCCESS.json")
+    run.promote(NAMES)
+    assert run() == 0
+    assert run.json("evaluate/metrics.json")["champion"]["version"] == "r0"
+    assert run.json("evaluate/_SUCCESS.json")["inputs"] == first["inputs"]
+    log = (run.place / "logs" / "evaluate.log").read_text()
+    assert "once more: the champion is r0 now, and none was measured" in log
+    assert run() == 0
+    assert run.json("status/evaluate.json")["state"] == "already done"
+
+    run.registry.pointer.write_json({"version": "r2", "metrics": {}, "test_digest": "another"})
+    publish(run.place / "evaluate", location(str(run.place / "promote")), inputs="decided")
+    assert run() == 0
+    assert run.json("status/evaluate.json")["state"] == "already done"
+
+
 def test_the_first_model_has_nothing_beside_it(run: Run) -> None:
     assert run() == 0
     found = run.json("evaluate/metrics.json")

@@ -96,7 +96,8 @@ def test_a_stale_pointer_ends_with_75_and_changes_nothing(
     late = finished_run(root, "late", tmp_path / "work", score=0.6)  # evaluated before there was a champion
     assert run(other) == 0
     assert run(late) == 75
-    assert "champion changed to other since the evaluation (run evaluate again with --force)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "champion changed to other since the evaluation (start the run again with the same run id" in said
     assert promoted(root).version == "other"
     assert not (late / "promote" / MANIFEST).exists()
 

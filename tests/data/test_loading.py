@@ -581,6 +581,7 @@ def test_an_unreadable_image_is_an_error_of_one_line_that_names_it(tmp_path: Pat
 
 @forks
 @pytest.mark.parameter("skip_corrupt")
+@pytest.mark.long
 def test_skipped_images_are_replaced_in_the_same_way_wherever_they_are_loaded(tmp_path: Path) -> None:
     split = damaged(tmp_path, (4, 7))
     batches = load_all(split, 0, skip_corrupt=2)

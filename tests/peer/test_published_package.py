@@ -39,7 +39,7 @@ SIDE = 384
 THRESHOLD = 0.1
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not PEER.exists(), reason="the reference package is not installed: make peer"),
 ]
 

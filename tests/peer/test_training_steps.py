@@ -44,7 +44,7 @@ SEED = 3000
 go apart from there: of four seeds one did so, to 2e-3 of a loss."""
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not PEER.exists(), reason="the reference package is not installed: make peer"),
 ]
 

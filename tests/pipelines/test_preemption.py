@@ -167,7 +167,7 @@ def resumable(folder: Path, run: str, output: str, seconds: float, where: range)
     assert checkpoint.load(kept)["position"]["epoch"] > epoch
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_epoch(folder: Path) -> None:
     prepared(folder, "epoch", train={"eval_interval": 500})
     output, seconds = stopped(stage(folder, "epoch", "train"), "epoch 1/500 done", 0.1)

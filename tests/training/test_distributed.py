@@ -190,6 +190,7 @@ class TestAgainstOneProcess:
                 difference = float((moments[name] - found[number][name]).norm())
                 assert difference <= 1e-4 * float(moments[name].norm()) + 1e-9**power, (number, name)
 
+    @pytest.mark.long
     def test_weights_that_move(self, uneven: PreparedDataset, tmp_path: Path) -> None:
         one, two = self.both(uneven, tmp_path, accum=2, lr=1e-3)
         for epoch, (expected, found) in enumerate(zip(rows(one), rows(two), strict=True)):
@@ -201,6 +202,7 @@ class TestAgainstOneProcess:
         )
         assert float((differences > 1e-4).float().mean()) < 0.01  # a tenth of one step
 
+    @pytest.mark.long
     def test_detections_of_all_are_measured(self, tmp_path: Path) -> None:
         """By a detector that has learned something: what random weights find has mAP 0, whoever is missing."""
         source = tiny.draw(tmp_path / "source", train=11, valid=5, test=3)
@@ -242,7 +244,7 @@ def one_unreadable(uneven: PreparedDataset, tmp_path: Path) -> tuple[PreparedDat
     return dataset, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parameter("devices", "resume", "skip_corrupt")
 def test_stopped_and_continued_is_as_if_never_stopped(
     one_unreadable: tuple[PreparedDataset, str], pair: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture

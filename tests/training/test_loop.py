@@ -154,6 +154,7 @@ def whole(dataset: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) ->
 class TestResume:
     """train N is train k, stop, resume, train N - k: bit for bit on a CPU."""
 
+    @pytest.mark.long
     def test_stopped_anywhere(self, dataset: PreparedDataset, tmp_path: Path, whole: Path) -> None:
         """Between two steps, within a step, in the evaluation, and after the border of the epochs.
 
@@ -164,6 +165,7 @@ class TestResume:
         assert stops == sorted(between + within + evaluation)
         assert_same_training(whole, tmp_path)
 
+    @pytest.mark.long
     def test_with_other_workers(self, dataset: PreparedDataset, tmp_path: Path, whole: Path) -> None:
         """Neither their number nor a change of it can be seen in the result."""
         job = tiny.job(dataset, tmp_path, num_workers=2, **INTERRUPTED)

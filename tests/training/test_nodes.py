@@ -62,7 +62,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return tiny.prepare(tiny.draw(folder / "source", train=11, valid=5, test=3), folder / "prepared")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parameter("num_nodes", "devices")
 def test_two_nodes_continue_what_one_process_began(
     dataset: PreparedDataset, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch

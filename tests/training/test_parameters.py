@@ -399,6 +399,7 @@ def test_queries_are_copied_in_training_only(coco: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parameter("ia_bce_loss")
+@pytest.mark.long
 def test_the_other_classification_loss(coco: Path, tmp_path: Path) -> None:
     losses = []
     for name, moved in (("default", {}), ("true", {"ia_bce_loss": True}), ("false", {"ia_bce_loss": False})):

@@ -139,6 +139,7 @@ class TestPythonAPI:
         assert train(job_in_folder(model, longer)).epochs == 2  # the same call again has nothing to do
         assert train(job_in_folder(model, self.config(dataset, tmp_path, epochs=1))).epochs == 2  # nor one for less
 
+    @pytest.mark.long
     def test_own_checkpoint_with_another_rate(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         model = tiny.model_config()
         train(job_in_folder(model, self.config(dataset, tmp_path, epochs=1)))
@@ -148,6 +149,7 @@ class TestPythonAPI:
         longer = self.config(dataset, tmp_path, epochs=2, lr=1e-3, resume=str(tmp_path / "checkpoint.pth"))
         assert train(job_in_folder(model, longer)).epochs == 2
 
+    @pytest.mark.long
     def test_a_torn_newest_checkpoint_is_passed_over(
         self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -159,6 +161,7 @@ class TestPythonAPI:
         assert "checkpoint_1.pth is used instead" in caplog.text
         assert checkpoint.load(tmp_path / "checkpoint_best_total.pth")
 
+    @pytest.mark.long
     def test_weights_in_the_own_folder_stay_until_there_is_a_checkpoint(
         self, dataset: PreparedDataset, tmp_path: Path
     ) -> None:
@@ -175,6 +178,7 @@ class TestPythonAPI:
 class TestAnotherDataset:
     """What a checkpoint knows of the images that it was trained on does not go along to others."""
 
+    @pytest.mark.long
     def test_skipped_images_and_scores_stay_behind(self, dataset: PreparedDataset, tmp_path: Path) -> None:
         damaged, _ = tiny.damaged(dataset, tmp_path / "damaged", 9)
         train(tiny.job(damaged, tmp_path / "first", epochs=1, skip_corrupt=1, early_stopping=True))
@@ -198,6 +202,7 @@ class TestOtherSettings:
             resume=lambda: folder / "first" / "checkpoint.pth",
         )
 
+    @pytest.mark.long
     def test_an_average_begins_where_there_was_none(
         self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -219,6 +224,7 @@ class TestOtherSettings:
 
 
 class TestBrokenFiles:
+    @pytest.mark.long
     def test_the_newest_whole_checkpoint_is_used(
         self, dataset: PreparedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -246,6 +252,7 @@ class TestBrokenFiles:
         assert "checkpoint_best_ema.pth of epoch 1 was lost" in caplog.text
         assert checkpoint.load(best)["epoch"] == 1
 
+    @pytest.mark.long
     def test_a_full_disk_leaves_the_checkpoint_before(
         self, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
