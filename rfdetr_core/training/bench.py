@@ -22,6 +22,8 @@ from rfdetr_core.training.worst_case import WorstCase, worst_case_batch
 
 ADVICE = "lower model.resolution, or set model.gradient_checkpointing: true"
 SLOW_STEP = 1.5  # seconds; a slower step is not repeated to be timed warm
+KERNELS = 64 * 2**20
+"""Bytes that oneDNN takes for those of a first step; it may crash the process if it does not get them."""
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ class Bench:
         # Blocks of a CPU's heap that freed memory leaves in between add up over two micro-batches, and hardly after.
         self.micro_batches = 2 if engine.device.type == "cpu" else 1
         self._steps = 0
+        self._shapes: set[tuple[int, tuple[int, int]]] = set()  # of which steps were run: batch, extent
+        self._floor, self._floor_shapes, self._surplus, self._kept_per_shape = 0, 0, 0, 0
         self.attempts: list[Attempt] = []
         self.available = memory.available()
 
@@ -92,18 +96,20 @@ class Bench:
     def mixed(self, batch_size: int, micro_batches: int) -> Mixed:
         """Steps as training mixes them: nothing is given back in between, so that fragmentation counts.
 
+        What the scales in between will keep is added to the peak.
+
         Raises:
             DeviceMemoryError: it does not fit.
         """
         smallest, largest = self._worst.extents[0], self._worst.largest
-        self._memory.begin()
+        self._begin()
         with self._guarded(f"batch size {batch_size}"):
             large = small = self._step(batch_size, largest, micro_batches)
             if smallest != largest:
                 small = self._step(batch_size, smallest, micro_batches)
             if large < SLOW_STEP:
                 large = self._step(batch_size, largest, micro_batches)
-        peak = self._memory.peak()
+        peak = self._peak() + max(0, len(self._worst.extents) - 2) * self._kept_per_shape
         text = "batch %d x %d, steps of all sizes: %.2f s the largest, peak %.2f GiB"
         log.info(text, batch_size, micro_batches, large, peak / 2**30)
         return Mixed((small if smallest != largest else large, large), micro_batches, peak)
@@ -129,7 +135,7 @@ class Bench:
         table = AnnotationTable.from_coco({"images": rows, "annotations": []})
         for module in (*models.values(), engine.criterion):
             module.eval()
-        self._memory.begin()
+        self._begin()
         seconds = 0.0
         with self._guarded(f"evaluation at batch size {batch_size}"), constant_weights(*models.values()):
             for _ in range(2):  # what is derived from the weights is derived in the first
@@ -148,7 +154,22 @@ class Bench:
                     break
         engine.model.train()
         engine.criterion.train()
-        return EvaluationStep(batch_size, round(seconds, 4), self._memory.peak())
+        return EvaluationStep(batch_size, round(seconds, 4), self._peak())
+
+    def _begin(self) -> None:
+        """Measure anew; what is kept of other shapes than a training's own is surplus from here on."""
+        self._memory.begin()
+        if not self._steps:
+            return
+        kept = self._memory.kept()
+        if not self._floor or kept < self._floor:
+            self._floor, self._floor_shapes = kept, len(self._shapes)
+        self._surplus = kept - self._floor
+        self._kept_per_shape = self._surplus // max(1, len(self._shapes) - self._floor_shapes)
+
+    def _peak(self) -> int:
+        """What a training of the same shapes would have held at most."""
+        return self._memory.peak() - self._surplus
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -158,11 +179,11 @@ class Bench:
             yield
 
     def _measured(self, batch_size: int) -> Attempt:
-        self._memory.begin()
+        self._begin()
         try:
             with self._guarded(f"batch size {batch_size}"):
                 seconds = self._step(batch_size, self._worst.largest, self.micro_batches)
-            return Attempt(batch_size, round(seconds / self.micro_batches, 4), self._memory.peak())
+            return Attempt(batch_size, round(seconds / self.micro_batches, 4), self._peak())
         except DeviceMemoryError:
             pass  # with the error go the frames that hold the step's tensors
         self.engine.optimizer.zero_grad(set_to_none=True)
@@ -183,6 +204,7 @@ class Bench:
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         self._steps += 1
+        self._shapes.add((batch_size, extent))
         return time.monotonic() - started
 
 
@@ -193,5 +215,8 @@ def build_bench(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> Ben
         with memory_errors("while the model is built", hint="", device=first_device(train)), memory.guarded():
             engine = build_engine(model, train)
     except DeviceMemoryError:
+        return None
+    learned = sum(p.numel() * p.element_size() for p in engine.raw_model.parameters() if p.requires_grad)
+    if (kept := memory.kept()) and kept + 3 * learned + KERNELS > memory.available():  # gradients and two moments
         return None
     return Bench(engine, memory, train, worst)

@@ -42,6 +42,7 @@ AUTOCAST: dict[Precision, torch.dtype | None] = {
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
+    "bad_alloc",  # oneDNN's own scratch memory
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
     "could not create a primitive",  # oneDNN, whose kernels are made when they are first used

@@ -15,6 +15,7 @@ from rfdetr_core.training.batch_search import Attempt
 from rfdetr_core.training.batch_size import ProbeResult, another_device, on_this_device, probe
 from rfdetr_core.training.device_memory import Device, DeviceMemory
 from rfdetr_core.training.engine import Engine, build_engine
+from rfdetr_core.training.worst_case import worst_case
 from tests.training import tiny
 from tests.training.test_worst_case import facts
 
@@ -22,11 +23,15 @@ from tests.training.test_worst_case import facts
 class Pretended(DeviceMemory):
     """Every image takes `each` bytes of `there`, and all else `fixed`; a second micro-batch takes `again` more.
 
+    Every batch that was ever computed `keeps` bytes for its kernels.
+
     Takes the place of the engine's step, too, so that it costs no time.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, there: int, fixed: int, each: int, again: int = 0) -> None:
-        self.there, self.fixed, self.each, self.again = there, fixed, each, again
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, there: int, fixed: int, each: int, again: int = 0, keeps: int = 0
+    ) -> None:
+        self.there, self.fixed, self.each, self.again, self.keeps = there, fixed, each, again, keeps
         self.steps: list[tuple[int, int]] = []  # images, micro-batches
         self.most = 0
         monkeypatch.setattr(bench, "memory_of", lambda device: self)
@@ -50,7 +55,10 @@ class Pretended(DeviceMemory):
         self.most = 0
 
     def peak(self) -> int:
-        return self.most
+        return self.most + self.kept()
+
+    def kept(self) -> int:
+        return self.keeps * len(set(self.steps)) if self.keeps else 0
 
     def left(self) -> int:
         return 7
@@ -173,6 +181,23 @@ class TestAutomaticBatch:
         assert result.headroom == (0.5 if use_ema else 1.0)
         assert result.predicted_peak_bytes == result.peak_bytes == 100 + 10 * batch
         assert max(images for images, _ in pretended.steps) == 85
+
+    def test_what_other_batches_leave_behind_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A training holds the kernels of its own shapes: here those of the first step of all, and of its own batch."""
+        Pretended(monkeypatch, there=1000, fixed=100, each=10, keeps=40)
+        like_a_gpu(monkeypatch)
+        result = run(**AUTO, auto_batch_ema_headroom=1.0)
+        assert len(result.attempts) > 4
+        assert (result.stopped_by, result.safe_batch_size, result.batch_size) == ("memory", 77, 77)
+        assert result.attempts[-1].peak_bytes == 100 + 10 * 77 + 2 * 40
+
+    def test_every_scale_keeps_something(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        peaks = []
+        for keeps in (0, 40):
+            Pretended(monkeypatch, there=10**6, fixed=100, each=10, keeps=keeps)
+            peaks.append(run(batch_size=4, multi_scale="per-batch").peak_bytes)
+        scales = len(worst_case(tiny.model_config(), tiny.train_config(multi_scale="per-batch"), facts()).extents)
+        assert scales > 2 and peaks[1] - peaks[0] >= 40 * (scales - 2)
 
     def test_a_failed_step_leaves_its_trace(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pretended = Pretended(monkeypatch, there=1000, fixed=0, each=1)

@@ -163,9 +163,10 @@ class TestMemory:
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("std::bad_alloc"),
             MemoryError(),
         ],
-        ids=["torch", "cublas", "cpu", "python"],
+        ids=["torch", "cublas", "cpu", "onednn", "python"],
     )
     def test_running_out_is_told_with_the_batch(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         engine = tiny_engine()
