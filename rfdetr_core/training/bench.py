@@ -46,6 +46,23 @@ class EvaluationStep:
     peak_bytes: int
 
 
+@dataclass
+class _Kept:
+    """Bytes held after all was given back: at first, and beyond that for every shape that was computed since."""
+
+    first: int = 0
+    first_shapes: int = 0
+    surplus: int = 0
+    per_shape: int = 0
+
+    def note(self, held: int, shapes: int) -> None:
+        """So much is held now that steps of so many shapes were computed."""
+        if not self.first or held < self.first:
+            self.first, self.first_shapes = held, shapes
+        self.surplus = held - self.first
+        self.per_shape = self.surplus // max(1, shapes - self.first_shapes)
+
+
 class Bench:
     """Runs worst-case steps and remembers them."""
 
@@ -57,7 +74,7 @@ class Bench:
         self.micro_batches = 2 if engine.device.type == "cpu" else 1
         self._steps = 0
         self._shapes: set[tuple[int, tuple[int, int]]] = set()  # of which steps were run: batch, extent
-        self._floor, self._floor_shapes, self._surplus, self._kept_per_shape = 0, 0, 0, 0
+        self._kept = _Kept()
         self.attempts: list[Attempt] = []
         self.available = memory.available()
 
@@ -71,7 +88,7 @@ class Bench:
         """What a micro-batch leaves for those after it; 0 where attempts have two and measure it."""
         if self.micro_batches > 1:
             return 0
-        return sum(p.numel() * p.element_size() for p in self.engine.raw_model.parameters() if p.requires_grad)
+        return learned_bytes(self.engine)
 
     def attempt(self, batch_size: int) -> Attempt:
         """A worst-case step of this batch.
@@ -109,7 +126,7 @@ class Bench:
                 small = self._step(batch_size, smallest, micro_batches)
             if large < SLOW_STEP:
                 large = self._step(batch_size, largest, micro_batches)
-        peak = self._peak() + max(0, len(self._worst.extents) - 2) * self._kept_per_shape
+        peak = self._peak() + max(0, len(self._worst.extents) - 2) * self._kept.per_shape
         text = "batch %d x %d, steps of all sizes: %.2f s the largest, peak %.2f GiB"
         log.info(text, batch_size, micro_batches, large, peak / 2**30)
         return Mixed((small if smallest != largest else large, large), micro_batches, peak)
@@ -159,17 +176,12 @@ class Bench:
     def _begin(self) -> None:
         """Measure anew; what is kept of other shapes than a training's own is surplus from here on."""
         self._memory.begin()
-        if not self._steps:
-            return
-        kept = self._memory.kept()
-        if not self._floor or kept < self._floor:
-            self._floor, self._floor_shapes = kept, len(self._shapes)
-        self._surplus = kept - self._floor
-        self._kept_per_shape = self._surplus // max(1, len(self._shapes) - self._floor_shapes)
+        if self._steps:
+            self._kept.note(self._memory.kept(), len(self._shapes))
 
     def _peak(self) -> int:
         """What a training of the same shapes would have held at most."""
-        return self._memory.peak() - self._surplus
+        return self._memory.peak() - self._kept.surplus
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -208,6 +220,11 @@ class Bench:
         return time.monotonic() - started
 
 
+def learned_bytes(engine: Engine) -> int:
+    """Bytes of the trained parameters: so much take their gradients, too, and each of the optimizer's moments."""
+    return sum(p.numel() * p.element_size() for p in engine.raw_model.parameters() if p.requires_grad)
+
+
 def build_bench(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> Bench | None:
     """A bench on this process's device; None if not even the model fits."""
     memory = memory_of(first_device(train))
@@ -216,7 +233,7 @@ def build_bench(model: ModelConfig, train: TrainConfig, worst: WorstCase) -> Ben
             engine = build_engine(model, train)
     except DeviceMemoryError:
         return None
-    learned = sum(p.numel() * p.element_size() for p in engine.raw_model.parameters() if p.requires_grad)
-    if (kept := memory.kept()) and kept + 3 * learned + KERNELS > memory.available():  # gradients and two moments
+    kept = memory.kept()
+    if kept and kept + 3 * learned_bytes(engine) + KERNELS > memory.available():
         return None
     return Bench(engine, memory, train, worst)
