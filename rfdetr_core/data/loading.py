@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -293,6 +294,9 @@ def _raising(batches: Iterator[Batch | RFDETRError], workers: int) -> Iterator[B
             # A batch of a worker that died meanwhile cannot be fetched; what it raised itself is marked by torch.
             gone = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
             if workers and gone and not str(error).startswith("Caught "):
+                # torch's handler of that death raises as well, once, wherever the program is by then: here.
+                with suppress(RuntimeError):
+                    time.sleep(1.0)
                 raise _worker_died(error) from error
             # Without torch's frames, one of which holds the error: a circle would keep the loader until the garbage
             # collector comes, and workers that are stopped by that do not hear of it: it waits five seconds for each.

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from rfdetr_core.data.loading import BatchLoader, LoaderSettings, is_worker_death, worker_errors
-from rfdetr_core.errors import DatasetError
+from rfdetr_core.data.loading import BatchLoader, LoaderSettings, _raising, is_worker_death, worker_errors
+from rfdetr_core.errors import DatasetError, TransientError
 from tests.processes import output_of
 
 
@@ -74,6 +74,27 @@ def test_a_killed_worker_is_worth_another_try() -> None:
     code, output = output_of([sys.executable, "-c", DEATH], timeout=60)
     assert code == 0, output
     assert re.search(r"^told: a loading process died: .*train\.num_workers", output, re.MULTILINE), output
+
+
+def test_torch_does_not_speak_once_more_afterwards() -> None:
+    """Its handler raises wherever the program is when the death is told, a moment after the connection broke."""
+
+    def speak(signum: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    def broken() -> Any:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        raise ConnectionResetError("by peer")
+        yield
+
+    before = signal.signal(signal.SIGALRM, speak)
+    try:
+        with pytest.raises(TransientError, match="a loading process died: by peer"), worker_errors():
+            next(_raising(broken(), workers=1))
+        time.sleep(0.1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_full_shared_memory_is_told() -> None:
