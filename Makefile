@@ -30,7 +30,7 @@ test: $(READY) ## Run the tests
 test-long: demo ## Run the demo and check it, the DAG on real images, and the full-size reference cases
 	$(BIN)/python -m pytest -m long
 
-test-memory: $(READY) ## Prove the safe batch within memory limits of several sizes (root; 5 minutes)
+test-memory: $(READY) ## Prove the safe batch within memory limits of several sizes (root; 4 minutes)
 	$(BIN)/python -m pytest -n 0 -m memory tests/training/test_memory_limits.py
 
 parameters: $(READY) ## Run the tests of every training parameter, a line per parameter

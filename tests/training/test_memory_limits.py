@@ -114,7 +114,7 @@ def test_a_limit_below_one_image_is_an_error_and_no_kill() -> None:
 
 @pytest.mark.memory
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("limit", [1500, 2000, 2500])
+@pytest.mark.parametrize("limit", [1400, 1700, 2000])
 def test_the_safe_batch_survives_and_twice_as_much_does_not(limit: int) -> None:
     code, found = run_within(limit * MIB, PROBE, *WIDE)
     assert code == 0, found
