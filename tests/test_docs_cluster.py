@@ -38,7 +38,8 @@ def test_a_shown_command_is_one(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     group = typer.main.get_command(app)
     command = group.commands[name]  # type: ignore[attr-defined]
-    command.make_context(name, arguments, parent=group.make_context("rfdetr-pipeline", [], resilient_parsing=True))
+    parent = group.make_context("rfdetr-pipeline", [], resilient_parsing=True)
+    assert command.make_context(name, arguments, parent=parent).args == []
 
 
 def test_the_commands_of_a_cluster_are_shown() -> None:
